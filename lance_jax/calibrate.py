@@ -1,0 +1,359 @@
+"""Calibration: frozen factors from the layer inputs of a few batches, forward only."""
+
+import functools
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lance_jax import hosvd, jaxprs
+from lance_jax.factors import CORE_DTYPES, Factors, LayerFactors
+from lance_jax.jaxprs import Site
+from lance_jax.modes import accumulator
+from lance_jax.transform import Found, Layer, Layers, Use, find, product_of, weight_of
+
+_ENERGY, _PAPER_ENERGY = 0.9, 0.7
+# Beside the Gram matrices, for a mean: the sum of the inputs over the batch, and their number.
+_SUM, _COUNT = "sum", "count"
+
+
+class Last:
+    """See `last`."""
+
+    def __init__(self, n: int):
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"last({n!r}): the number of layers must be an integer of at least 1")
+        self.n = n
+
+    def __repr__(self) -> str:
+        return f"last({self.n})"
+
+    def __call__(self, found: Layers) -> list[Layer]:
+        body = [layer for layer in found[:-1] if not layer.depthwise]
+        if len(body) < self.n:
+            raise ValueError(
+                f"last({self.n}) asks for more layers than the {len(body)} that are neither "
+                "depthwise nor the head"
+            )
+        return body[-self.n :]
+
+
+Select = str | Sequence[str] | Callable[[Layer], bool] | Last | None
+
+
+def last(n: int) -> Last:
+    """A `select`: the last n layers that are neither depthwise nor the head (the last of all)."""
+    return Last(n)
+
+
+def calibrate(
+    apply_fn: Callable,
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    select: Select = None,
+    energy: float = _ENERGY,
+    modes: str | Sequence[str] | None = None,
+    center: bool = False,
+    core_dtype: str | None = None,
+) -> Factors:
+    """Frozen factors for `compress`, from the layer inputs of a few batches, forward only.
+
+    One-shot HOSVD (LANCE, arXiv 2509.21617, section 3): the Gram matrices X_(m) X_(m)^T of the
+    chosen modes are summed over all batches, every sample with equal weight, and each mode keeps
+    its fewest leading eigenvectors that reach `energy`. Memory does not grow with the number of
+    batches; there is one compilation for each batch shape.
+
+    Args:
+      apply_fn: any JAX function of (params, *args).
+      params: a pytree of parameters.
+      batches: the remaining arguments of each call: tuples, or lone arrays. A short last batch
+        is welcome.
+      select: which layers: None (all), a regular expression or several over paths (`re.search`),
+        `last(n)`, or a function of a `Layer`.
+      energy: the share of the trace that each mode keeps, in (0, 1].
+      modes: None (all but batch and patch), "paper" (all axes, at energy 0.7), or mode names, each
+        applied where a layer has it; () keeps the whole input of the selected layers in
+        `core_dtype`.
+      center: whether to keep the inputs' mean apart (see `LayerFactors`).
+      core_dtype: how cores are stored: None, "bfloat16", "int8" or "int4".
+
+    Returns:
+      `Factors`; float32 bases (float64 for float64 inputs), stacked over scan steps for a scanned
+      layer at one common rank. Selected layers without a basis are listed in `.skipped`.
+
+    Raises:
+      ValueError: for bad arguments, no batches, nothing selected, or activations that are all
+        zero or not finite.
+    """
+    energy = _energy(energy, modes)
+    _check_modes_and_dtype(modes, core_dtype)
+    first, rest = _first(batches)
+    found = find(jaxprs.trace(apply_fn, params, *first))
+    chosen = _select(select, found.layers)
+    by_path, skipped = _choose_modes(chosen, found, modes, center)
+    wanted = {path: (*m, *((_SUM, _COUNT) if center else ())) for path, m in by_path.items()}
+    total = _sum_grams(apply_fn, params, itertools.chain([first], rest), wanted)
+    layers = {}
+    for path, sums in total.items():
+        use = found.uses[path][0]
+        mean = None
+        if center:
+            sums, mean = _centred(sums, use)
+        _check_finite(path, sums, mean)
+        dtype = accumulator(use.x.dtype)
+        bases = {mode: jnp.asarray(_basis(gram, energy), dtype) for mode, gram in sums.items()}
+        layers[path] = LayerFactors(bases, mean, core_dtype)
+    return Factors(layers, skipped)
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+
+def _energy(energy: float, modes: Any) -> float:
+    hosvd.check_energy(energy)
+    if not (isinstance(modes, str) and modes == "paper"):
+        return energy
+    if energy not in (_ENERGY, _PAPER_ENERGY):
+        raise ValueError(
+            f"energy is {energy!r}, but modes='paper' stands for energy {_PAPER_ENERGY}; "
+            "name the modes to choose another"
+        )
+    return _PAPER_ENERGY
+
+
+def _check_modes_and_dtype(modes: Any, core_dtype: Any) -> None:
+    if core_dtype not in CORE_DTYPES:
+        raise ValueError(
+            f"core_dtype is {core_dtype!r}; it must be one of {', '.join(map(repr, CORE_DTYPES))}"
+        )
+    if isinstance(modes, str) and modes != "paper":
+        raise ValueError(f"modes is {modes!r}; it must be None, 'paper' or a tuple of mode names")
+
+
+def _first(batches: Iterable[Any]) -> tuple[tuple[Any, ...], Iterator[Any]]:
+    rest = map(_as_tuple, batches)
+    first = next(rest, None)
+    if first is None:
+        raise ValueError("batches is empty; calibration needs at least one")
+    return first, rest
+
+
+def _as_tuple(batch: Any) -> tuple[Any, ...]:
+    return batch if isinstance(batch, tuple) else (batch,)
+
+
+def _select(select: Select, found: Layers) -> list[Layer]:
+    paths = ", ".join(layer.path for layer in found) or "none"
+    if select is None:
+        chosen = list(found)
+    elif isinstance(select, Last):
+        chosen = select(found)
+    elif callable(select):
+        chosen = [layer for layer in found if select(layer)]
+    else:
+        patterns = [select] if isinstance(select, str) else list(select)
+        for pattern in patterns:
+            if not any(re.search(pattern, layer.path) for layer in found):
+                skips = [s for s in found.skipped if re.search(pattern, s.path)]
+                why = "".join(f"; {s.path} cannot be compressed: {s.reason}" for s in skips)
+                raise ValueError(f"select {pattern!r} matches no layer; there are {paths}{why}")
+        chosen = [x for x in found if any(re.search(p, x.path) for p in patterns)]
+    if not chosen:
+        raise ValueError(f"select is {select!r}: it selects no layer; there are {paths}")
+    return chosen
+
+
+def _choose_modes(
+    chosen: list[Layer], found: Found, modes: Any, center: bool
+) -> tuple[dict[str, tuple[str, ...]], tuple[tuple[str, str], ...]]:
+    """The modes of each selected layer, and the layers left without any."""
+    if modes is not None and not isinstance(modes, str):
+        known = list(dict.fromkeys(mode for layer in chosen for mode in layer.modes))
+        for mode in modes:
+            if mode not in known:
+                raise ValueError(
+                    f"mode {mode!r} is in no selected layer; they have {', '.join(known)}"
+                )
+    by_path, skipped = {}, []
+    for layer in chosen:
+        product = found.uses[layer.path][0].product
+        names = {None: product.default_modes, "paper": product.paper_modes}.get(modes, modes)
+        names = tuple(mode for mode in layer.modes if mode in names)
+        if "patch" in names and set(names) - {"patch", "batch"}:
+            raise ValueError(
+                f"modes {names} of {layer.path!r}: patch goes with batch alone, since it holds "
+                "the channel and spatial modes already"
+            )
+        if center and "batch" in names:
+            raise ValueError(f"center does not go with the batch mode of {layer.path!r}")
+        if center and not _can_center(found.uses[layer.path]):
+            skipped.append(
+                (layer.path, "without a batch axis of one shape it has no mean")
+            )
+        elif names or modes == ():
+            by_path[layer.path] = names
+        else:
+            skipped.append((layer.path, "it has none of the modes asked for"))
+    return by_path, tuple(skipped)
+
+
+def _can_center(uses: list[Use]) -> bool:
+    shapes = {(use.product.x_shape, use.product.batch_axis) for use in uses if _has_batch(use)}
+    return len(shapes) == 1 and all(map(_has_batch, uses))
+
+
+def _has_batch(use: Use) -> bool:
+    return "batch" in use.product.modes
+
+
+# --- Gram matrices -------------------------------------------------------------------------------
+
+
+def _sum_grams(
+    apply_fn: Callable,
+    params: Any,
+    batches: Iterable[tuple[Any, ...]],
+    wanted: dict[str, tuple[str, ...]],
+) -> dict[str, dict[str, np.ndarray]]:
+    """Sums over all batches, in float64 on the host."""
+    compiled: dict[Any, Any] = {}
+    total: dict[str, dict[str, np.ndarray]] = {path: {} for path in wanted}
+    for batch in batches:
+        arrays, static = jaxprs.split((params, batch))
+        if static not in compiled:
+            compiled[static] = jax.jit(functools.partial(_grams, apply_fn, static, wanted))
+        for path, sums in jax.device_get(compiled[static](arrays)).items():
+            held = total[path]
+            for mode, value in sums.items():
+                held[mode] = _add(held.get(mode), np.asarray(value, np.float64), path, mode)
+    return total
+
+
+def _add(total: np.ndarray | None, new: np.ndarray, path: str, mode: str) -> np.ndarray:
+    if total is None or total.shape == new.shape:
+        return new if total is None else total + new
+    if mode == "batch" and new.shape[-1] < total.shape[-1]:  # a short last batch
+        short = [(0, a - b) for a, b in zip(total.shape, new.shape, strict=True)]
+        return total + np.pad(new, short)
+    raise ValueError(
+        f"the {mode} mode of {path!r} has size {new.shape[-1]} in one batch and "
+        f"{total.shape[-1]} in the first; it must not grow or change between batches"
+    )
+
+
+def _grams(apply_fn: Callable, static: Any, wanted: Any, arrays: list[Any]) -> Any:
+    """The Gram matrices of one batch, by path and mode.
+
+    Each layer's input passes an identity whose cotangent for a probe of zeros is the Gram matrix:
+    differentiation carries it out of any scan, branch or remat, and sums over a weight's uses.
+    """
+    params, batch = static.join(arrays)
+    traced = jaxprs.trace(apply_fn, params, *batch)
+    found = find(traced)
+    probes = {path: _probes(found.uses[path][0], modes) for path, modes in wanted.items()}
+
+    def run(probes):
+        def rule(jaxpr, i, refs, trips):
+            weight = weight_of(jaxpr.eqns[i], refs)
+            if not isinstance(weight, int) or refs[weight].paths[0] not in probes:
+                return {}
+            return {i: Site(probes[refs[weight].paths[0]], refs[weight].scans, weight)}
+
+        nodes = jaxprs.plan(traced.jaxpr, traced.refs, rule)
+        outs = jaxprs.run(traced.jaxpr, traced.consts, nodes, traced.inputs, _tapped)
+        return [out for out in outs if jnp.issubdtype(out.dtype, jnp.floating)]
+
+    outs, vjp = jax.vjp(run, probes)
+    return vjp([jnp.zeros_like(out) for out in outs])[0]
+
+
+def _probes(use: Use, modes: Sequence[str]) -> dict[str, jax.Array]:
+    product, dtype = use.product, accumulator(use.x.dtype)
+    zeros = {}
+    for mode in modes:
+        if mode == _SUM:
+            axis = product.batch_axis
+            shape = (*product.x_shape[:axis], *product.x_shape[axis + 1 :])
+        elif mode == _COUNT:
+            shape = ()
+        else:
+            shape = (*product.basis_shape(mode), product.modes[mode])
+        zeros[mode] = jnp.zeros((*use.stack, *shape), dtype)
+    return zeros
+
+
+def _tapped(jaxpr: Any, i: int, node: Site, read: Callable[[Any], Any]) -> list[Any]:
+    """The layer's equation as it stands, its input tapped."""
+    eqn = jaxpr.eqns[i]
+    product = product_of(eqn, node.weight)
+
+    @jax.custom_vjp
+    def tap(x, probes):
+        return x
+
+    def forward(x, probes):
+        return x, x
+
+    def backward(x, dx):
+        acc = accumulator(x.dtype)
+        sums = {}
+        for mode in node.value:
+            if mode == _SUM:
+                sums[mode] = jnp.sum(x.astype(acc), axis=product.batch_axis)
+            elif mode == _COUNT:
+                sums[mode] = jnp.asarray(x.shape[product.batch_axis], acc)
+            else:
+                sums[mode] = product.gram(x, mode)
+        return dx, sums
+
+    tap.defvjp(forward, backward)
+    operands = [read(v) for v in eqn.invars]
+    operands[1 - node.weight] = tap(operands[1 - node.weight], node.value)
+    return [eqn.primitive.bind(*operands, **eqn.params)]
+
+
+# --- factors -------------------------------------------------------------------------------------
+
+
+def _centred(sums: dict[str, np.ndarray], use: Use) -> tuple[dict[str, np.ndarray], jax.Array]:
+    """(Gram matrices about the mean, the mean): sum (x-m)(x-m)^T = sum x x^T - N m m^T."""
+    sums = dict(sums)
+    total, count = sums.pop(_SUM), sums.pop(_COUNT)
+
+    def each(like):
+        return count.reshape(*count.shape, *(1,) * (like.ndim - count.ndim))
+
+    mean = jnp.asarray(total / each(total))
+    for mode, value in sums.items():
+
+        def of_mean(m, mode=mode):
+            return use.product.gram(jnp.expand_dims(m, use.product.batch_axis), mode)
+
+        for _ in use.stack:
+            of_mean = jax.vmap(of_mean)
+        share = np.asarray(of_mean(mean), np.float64)
+        sums[mode] = value - share * each(value)
+    return sums, mean.astype(accumulator(use.x.dtype))
+
+
+def _check_finite(path: str, grams: dict[str, np.ndarray], mean: jax.Array | None) -> None:
+    arrays = [*grams.values(), *([] if mean is None else [np.asarray(mean)])]
+    if not all(np.isfinite(a).all() for a in arrays):
+        raise ValueError(f"the input of {path!r} holds NaN or Inf in the calibration batches")
+    if not all(g.any() for g in grams.values()):
+        raise ValueError(f"the input of {path!r} is all zero in the calibration batches")
+
+
+def _basis(total: np.ndarray, energy: float) -> np.ndarray:
+    """Bases (..., n, r) of stacked Gram matrices (..., n, n), at the largest rank any needs."""
+    stack = total.reshape(-1, *total.shape[-2:])
+    pairs = [hosvd.eigh(one) for one in stack]
+    # A layer or group of zeros among others that are not has no direction of its own to keep.
+    r = max(hosvd.rank(values, energy) for values, _ in pairs if values.any())
+    bases = np.stack([vectors[:, :r] for _, vectors in pairs])
+    return bases.reshape(*total.shape[:-1], r)

@@ -1,0 +1,169 @@
+"""`report`: bytes kept for the backward pass and multiply-accumulates, by shapes alone."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from lance_jax import jaxprs, pointwise, residuals
+from lance_jax.factors import Factors, LayerFactors, table
+from lance_jax.step import Trainable, choose, trace_phases
+from lance_jax.transform import Use, check, find, keep, rewrite
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedBytes:
+    """Bytes kept from the forward to the backward pass.
+
+    layer_inputs: of the trained layers' inputs or cores, layer by layer (the paper's count);
+    total: of all that lives between the phases, each array once; parameters, arguments and
+    factors excluded.
+    """
+
+    layer_inputs: int
+    total: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """One trained layer: what it keeps (bytes), beside plain backprop, and its MACs."""
+
+    path: str
+    kind: str
+    ranks: Mapping[str, int]
+    core_dtype: str | None
+    bytes: int
+    bytes_backprop: int
+    macs_forward: int
+    macs_dx: int
+    macs_dw: int
+    macs_dw_backprop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """See `report`; printing it gives a table."""
+
+    saved_bytes: SavedBytes
+    saved_bytes_backprop: SavedBytes
+    factor_bytes: int
+    layers: tuple[LayerReport, ...]
+
+    def __repr__(self) -> str:
+        rows: list[tuple[str, ...]] = [
+            ("layer", "kept", "ranks", "bytes", "backprop", "fwd MACs", "dX", "dW", "backprop")
+        ]
+        for x in self.layers:
+            ranks = ", ".join(f"{mode} {r}" for mode, r in x.ranks.items()) or "-"
+            kept = x.core_dtype or "as input"
+            macs = (x.macs_forward, x.macs_dx, x.macs_dw, x.macs_dw_backprop)
+            sizes = (x.bytes, x.bytes_backprop, *macs)
+            rows.append((x.path, kept, ranks, *map("{:,}".format, sizes)))
+        saved, plain = self.saved_bytes, self.saved_bytes_backprop
+        return "\n".join(
+            [
+                table(rows),
+                f"layer inputs {saved.layer_inputs:,} bytes, backprop {plain.layer_inputs:,}"
+                f" ({_ratio(plain.layer_inputs, saved.layer_inputs)})",
+                f"total kept   {saved.total:,} bytes, backprop {plain.total:,}"
+                f" ({_ratio(plain.total, saved.total)})",
+                f"factors      {self.factor_bytes:,} bytes",
+            ]
+        )
+
+
+def _ratio(a: int, b: int) -> str:
+    return f"{a / b:.1f}x" if b else "all"
+
+
+def report(
+    loss_fn: Callable,
+    params: Any,
+    *args: Any,
+    factors: Mapping[str, LayerFactors] | None = None,
+    trainable: Trainable = None,
+) -> Report:
+    """What a training step of a plain `loss_fn` keeps once compressed, beside plain backprop.
+
+    Nothing is executed; any argument may be a `jax.ShapeDtypeStruct`. Plain backprop's figure is
+    the fair one: duplicates and constants dropped, every mask of the relu family at 1 bit.
+
+    Args:
+      loss_fn: a function of (params, *args) to a scalar, or to (scalar, aux).
+      factors: what `compress` would be given; None: masks alone.
+      trainable: as for `value_and_grad`.
+
+    Returns:
+      A `Report` with `.saved_bytes` and `.saved_bytes_backprop`, each with `.layer_inputs` and
+      `.total`, `.factor_bytes`, and `.layers`: for each trained layer its ranks, bytes, and the
+      MACs of forward (projection included), dX and dW.
+
+    Raises:
+      ValueError: as `compress` and `value_and_grad` do.
+    """
+    factors = factors if isinstance(factors, Factors) else Factors(factors or {})
+    chosen = choose(params, trainable)
+    paths = [path for path, _ in jaxprs.leaves_with_path(params)]
+    trained = {path for path, use in zip(paths, chosen, strict=True) if use}
+    traced = jaxprs.trace(loss_fn, params, *args)
+    found = find(traced)
+    check(factors, found)
+    has_aux = isinstance(traced.unflatten(traced.jaxpr.outvars), tuple)
+    rows = tuple(
+        _row(path, uses, factors.get(path)) for path, uses in found.uses.items() if path in trained
+    )
+
+    def total(factors, match):
+        fast = rewrite(loss_fn, factors, match)
+        return trace_phases(fast, chosen, has_aux, params, args, {}).kept.nbytes
+
+    return Report(
+        SavedBytes(sum(row.bytes for row in rows), total(factors, pointwise.match)),
+        SavedBytes(sum(row.bytes_backprop for row in rows), total(Factors(), _one_bit)),
+        factors.nbytes,
+        rows,
+    )
+
+
+def _one_bit(jaxpr: Any, i: int) -> jaxprs.Nodes:
+    """Masks of one bit an element for every mask, counted and never run."""
+    nodes = pointwise.match(jaxpr, i)
+    for j, node in nodes.items():
+        if isinstance(node, pointwise.Mask):
+            ends = node.slopes[0], node.slopes[-1]
+            nodes[j] = dataclasses.replace(
+                node, slopes=ends, points=(node.points[0], node.points[-1])
+            )
+    return nodes
+
+
+def _row(path: str, uses: list[Use], factors: LayerFactors | None) -> LayerReport:
+    plain = sum(residuals.nbytes(use.x) * use.runs for use in uses)
+    ranks = factors.ranks if factors is not None else {}
+    forward = sum(use.product.macs * use.runs for use in uses)
+    if factors is None:
+        kept, project, dw = plain, 0, forward
+    else:
+        kept = sum(_kept_bytes(use, factors) * use.runs for use in uses)
+        project = sum(use.product.project_macs(ranks) * use.runs for use in uses)
+        dw = sum(use.product.weight_gradient_macs(ranks) * use.runs for use in uses)
+    return LayerReport(
+        path=path,
+        kind=uses[0].product.kind,
+        ranks=ranks,
+        core_dtype=factors.core_dtype if factors is not None else None,
+        bytes=kept,
+        bytes_backprop=plain,
+        macs_forward=forward + project,
+        macs_dx=forward,
+        macs_dw=dw,
+        macs_dw_backprop=forward,
+    )
+
+
+def _kept_bytes(use: Use, factors: LayerFactors) -> int:
+    """Bytes of one run's stored core."""
+    one = jax.tree.map(lambda u: jax.ShapeDtypeStruct(u.shape[len(use.stack) :], u.dtype), factors)
+    stored = jax.eval_shape(lambda x, factors: keep(use.product, x, factors), use.x, one)
+    return sum(residuals.nbytes(leaf) for leaf in jax.tree.leaves(stored))

@@ -1,0 +1,220 @@
+"""What lives from the forward to the backward phase, once and without what is at hand anyway."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jexc
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import primitives as prims
+
+from lance_jax import jaxprs
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """A variable as views of another: root, then equations that lay it out anew.
+
+    root: a variable of the outermost jaxpr, or a literal; views: (equation, number of enclosing
+    scans it runs in) from the root on; level: how many scans the value is a slice of.
+    """
+
+    root: Any
+    views: tuple[tuple[Any, int], ...] = ()
+    level: int = 0
+
+    def key(self) -> Any:
+        """Equal for two origins of the same numbers."""
+        root = ("literal", str(self.root)) if isinstance(self.root, jexc.Literal) else self.root
+        steps = tuple((eqn.primitive, str(eqn.params), depth) for eqn, depth in self.views)
+        return root, steps, self.level
+
+    def value(self, root: Any) -> Any:
+        """The variable's value, from its root's."""
+        for eqn, depth in self.views:
+
+            def view(x, eqn=eqn):
+                return jaxprs.run_eqns([eqn], [_operand(eqn)], eqn.outvars, [x])[0]
+
+            for _ in range(depth):
+                view = jax.vmap(view)
+            root = view(root)
+        return root
+
+
+def _operand(eqn: Any) -> Any:
+    return next((v for v in eqn.invars if not isinstance(v, jexc.Literal)), eqn.invars[0])
+
+
+def _lays_out(eqn: Any) -> bool:
+    """Views, and broadcasts: both are cheaper to do again than to keep."""
+    return len(eqn.invars) == 1 and (jaxprs.is_view(eqn) or eqn.primitive is lax.broadcast_in_dim_p)
+
+
+def origins(jaxpr: Any) -> dict[Any, Origin]:
+    """The origin of every variable of a jaxpr, its bodies seen through."""
+    return _origins(jaxpr, [Origin(v) for v in jaxpr.invars], 0)
+
+
+def _origins(jaxpr: Any, inputs: Sequence[Origin], level: int) -> dict[Any, Origin]:
+    env = {v: Origin(v) for v in jaxpr.constvars} | dict(zip(jaxpr.invars, inputs, strict=True))
+
+    def read(atom):
+        return env[atom] if _is_var(atom) else Origin(atom)
+
+    for eqn in jaxpr.eqns:
+        operands = [read(v) for v in eqn.invars]
+        if _lays_out(eqn) and not isinstance(eqn.invars[0], jexc.Literal):
+            source = operands[0]
+            views = (*source.views, (eqn, source.level))
+            env[eqn.outvars[0]] = dataclasses.replace(source, views=views)
+        elif eqn.primitive is prims.jit_p:
+            env.update(_through_jit(eqn, operands, level))
+        elif eqn.primitive is prims.scan_p:
+            env.update(_through_scan(eqn, operands, level))
+        else:
+            env.update({v: Origin(v, level=level) for v in eqn.outvars})
+    return env
+
+
+def _through_jit(eqn: Any, operands: list[Origin], level: int) -> dict[Any, Origin]:
+    body = jaxprs.open_jaxpr(eqn.params["jaxpr"])[0]
+    inner = _origins(body, operands, level)
+    visible = {origin.root for origin in operands if _is_var(origin.root)}
+    first: dict[Any, Origin] = {}
+    outs = {}
+    for outer, var in zip(eqn.outvars, body.outvars, strict=True):
+        origin = inner[var] if _is_var(var) else Origin(var)
+        if not _is_var(origin.root) or origin.root in visible:
+            outs[outer] = origin
+        else:  # made inside: the first result that holds it stands for it
+            outs[outer] = first.setdefault(origin.key(), Origin(outer, level=level))
+    return outs
+
+
+def _through_scan(eqn: Any, operands: list[Origin], level: int) -> dict[Any, Origin]:
+    body = jaxprs.open_jaxpr(eqn.params["jaxpr"])[0]
+    consts, carry = jaxprs.scan_split(eqn)
+    inputs = [
+        dataclasses.replace(o, level=level + 1) if i >= consts + carry else o
+        for i, o in enumerate(operands)
+    ]
+    carried = slice(consts, consts + carry)
+    inputs[carried] = [Origin(v, level=level + 1) for v in body.invars[carried]]
+    inner = _origins(body, inputs, level + 1)
+    xs = [o for o in operands[consts + carry :] if o.level == level and _is_var(o.root)]
+    sliced = {origin.root for origin in xs}
+    outs = {}
+    for i, (outer, var) in enumerate(zip(eqn.outvars, body.outvars, strict=True)):
+        origin = inner[var] if _is_var(var) else None
+        if origin and i >= carry and origin.level == level + 1 and origin.root in sliced:
+            outs[outer] = dataclasses.replace(origin, level=level)
+        else:
+            outs[outer] = Origin(outer, level=level)
+    return outs
+
+
+def needed(jaxpr: Any, used: Sequence[bool]) -> list[bool]:
+    """Which inputs of a jaxpr the used ones of its outputs depend on."""
+    live = {v for v, use in zip(jaxpr.outvars, used, strict=True) if use and _is_var(v)}
+    for eqn in reversed(jaxpr.eqns):
+        outs = [v in live for v in eqn.outvars]
+        if any(outs) or eqn.effects:
+            ins = _needed_by(eqn, outs)
+            live |= {v for v, use in zip(eqn.invars, ins, strict=True) if use and _is_var(v)}
+    return [v in live for v in jaxpr.invars]
+
+
+def _needed_by(eqn: Any, used: list[bool]) -> list[bool]:
+    bodies = jaxprs.bodies(eqn)
+    if eqn.effects or not bodies:
+        return [True] * len(eqn.invars)
+    if eqn.primitive is prims.cond_p:
+        by_branch = [needed(branch, used) for branch in bodies]
+        return [True, *map(any, zip(*by_branch, strict=True))]
+    if eqn.primitive is not prims.scan_p:
+        return needed(bodies[0], used)
+    consts, carry = jaxprs.scan_split(eqn)
+    while True:  # a carry is needed where any later step needs it
+        ins = needed(bodies[0], used)
+        carried = ins[consts : consts + carry]
+        grown = [a or b for a, b in zip(used[:carry], carried, strict=True)] + used[carry:]
+        if grown == used:
+            return ins
+        used = grown
+
+
+def _is_var(atom: Any) -> bool:
+    return not isinstance(atom, jexc.Literal)
+
+
+# --- the two phases ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """The residuals of a forward jaxpr: what is kept, and how each is had back from it.
+
+    variables: kept, each once; recipes: for each residual its origin and where its root is found:
+    ("kept", i), ("input", i) or ("literal", value); None for a residual that no gradient needs.
+    """
+
+    variables: tuple[Any, ...]
+    recipes: tuple[Any, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(nbytes(v.aval) for v in self.variables)
+
+    def restore(self, kept: Sequence[Any], inputs: Sequence[Any], like: Sequence[Any]) -> list[Any]:
+        """All residuals again; one that no gradient needs is zeros, and falls away in XLA."""
+        values = []
+        for recipe, aval in zip(self.recipes, like, strict=True):
+            if recipe is None:
+                values.append(jnp.zeros(aval.shape, aval.dtype))
+                continue
+            origin, (where, at) = recipe
+            root = {"kept": kept, "input": inputs}[where][at] if where != "literal" else at
+            values.append(origin.value(root))
+        return values
+
+
+def keep(jaxpr: Any, residuals: Sequence[Any], wanted: Sequence[bool]) -> Kept:
+    """Keep each residual once, and none that is an input of the jaxpr laid out anew."""
+    known = origins(jaxpr)
+    inputs = {v: i for i, v in enumerate(jaxpr.invars)}
+    kept: dict[Any, int] = {}
+    by_key: dict[Any, Any] = {}
+
+    def recipe(var, may_keep_root):
+        origin = known[var] if _is_var(var) else Origin(var)
+        if isinstance(origin.root, jexc.Literal):
+            return origin, ("literal", origin.root.val)
+        if origin.root in inputs:
+            return origin, ("input", inputs[origin.root])
+        if origin.root in kept or (may_keep_root and nbytes(origin.root.aval) <= nbytes(var.aval)):
+            return origin, ("kept", kept.setdefault(origin.root, len(kept)))
+        if may_keep_root:
+            return None
+        var = by_key.setdefault(origin.key(), var)
+        return Origin(var), ("kept", kept.setdefault(var, len(kept)))
+
+    # A view larger than its root is had back from it; a smaller one too, if the root is kept.
+    first = [recipe(v, True) if use else None for v, use in zip(residuals, wanted, strict=True)]
+    recipes = [
+        done or (recipe(v, False) if use else None)
+        for v, use, done in zip(residuals, wanted, first, strict=True)
+    ]
+    return Kept(tuple(kept), tuple(recipes))
+
+
+def nbytes(aval: Any) -> int:
+    """Bytes of an array of that shape and dtype."""
+    return math.prod(aval.shape) * jnp.dtype(aval.dtype).itemsize if _plain(aval) else 0
+
+
+def _plain(aval: Any) -> bool:
+    return not jnp.issubdtype(aval.dtype, jax.dtypes.extended)

@@ -1,0 +1,222 @@
+"""`value_and_grad` in two jitted phases, so that what is kept between them is real."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+
+from lance_jax import jaxprs, residuals
+
+Trainable = str | Sequence[str] | Callable[[str], bool] | None
+
+
+def value_and_grad(
+    loss_fn: Callable, *, trainable: Trainable = None, has_aux: bool = False
+) -> "ValueAndGrad":
+    """Like `jax.value_and_grad`, as two jitted phases whose intermediate lives and dies visibly.
+
+    Args:
+      loss_fn: a function of (params, *args, **kwargs) to a scalar, or to (scalar, aux).
+      trainable: which parameters to differentiate: a regular expression or several
+        (`re.search` over paths joined by `/`), or a function of a path; None: all floating ones.
+        The others cost no gradient and no residual.
+      has_aux: whether `loss_fn` returns (scalar, aux).
+
+    Returns:
+      An object `vg` with
+
+      * `vg(params, *args) -> (value, grads)`, where value is (scalar, aux) with `has_aux`, and
+        grads has the structure of params with None for what is not trained;
+      * `vg.forward(params, *args) -> (value, saved)` and
+        `vg.backward(saved, params, *args) -> grads`: `saved` is a pytree of arrays that holds no
+        parameter, no argument and nothing that `loss_fn` closes over;
+      * `vg.partition(params) -> (trainable, frozen)` and `vg.merge(trainable, frozen) -> params`,
+        both parts with None in the other's places, for optax.
+
+    Raises:
+      ValueError: when called, if `trainable` matches no floating parameter or the loss is no
+        floating scalar.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> vg = value_and_grad(lambda p, x: jnp.sum(p["w"] * x), trainable="w")
+      >>> value, saved = vg.forward({"w": jnp.ones(2), "b": jnp.ones(3)}, jnp.arange(2.0))
+      >>> vg.backward(saved, {"w": jnp.ones(2), "b": jnp.ones(3)}, jnp.arange(2.0))
+      {'b': None, 'w': Array([0., 1.], dtype=float32)}
+    """
+    return ValueAndGrad(loss_fn, trainable, has_aux)
+
+
+class ValueAndGrad:
+    """See `value_and_grad`."""
+
+    def __init__(self, loss_fn: Callable, trainable: Trainable, has_aux: bool):
+        self._loss_fn = loss_fn
+        self._trainable = trainable
+        self._has_aux = has_aux
+        self._phases: dict[Any, Phases] = {}
+
+    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        value, saved = self.forward(params, *args, **kwargs)
+        return value, self.backward(saved, params, *args, **kwargs)
+
+    def forward(self, params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """(value, saved)."""
+        phases, arrays = self._traced(params, args, kwargs)
+        return phases.forward(arrays)
+
+    def backward(self, saved: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        """The gradients, from what `forward` saved with the same arguments."""
+        phases, arrays = self._traced(params, args, kwargs)
+        chosen = choose(params, self._trainable)
+        grads = iter(phases.backward(saved, arrays))
+        return _fill(params, [next(grads) if use else None for use in chosen])
+
+    def partition(self, params: Any) -> tuple[Any, Any]:
+        """(trainable, frozen), each with None in the other's places."""
+        chosen, leaves = choose(params, self._trainable), jax.tree.leaves(params)
+        pairs = list(zip(leaves, chosen, strict=True))
+        trainable = _fill(params, [leaf if use else None for leaf, use in pairs])
+        return trainable, _fill(params, [None if use else leaf for leaf, use in pairs])
+
+    def merge(self, trainable: Any, frozen: Any) -> Any:
+        """The parameters again."""
+
+        def pick(a, b):
+            return b if a is None else a
+
+        return jax.tree.map(pick, trainable, frozen, is_leaf=lambda leaf: leaf is None)
+
+    def _traced(self, params, args, kwargs) -> "tuple[Phases, list[Any]]":
+        arrays, static = jaxprs.split((params, args, kwargs))
+        key = static, tuple(map(_abstract, arrays))
+        phases = self._phases.get(key)
+        if phases is None:
+            chosen = choose(params, self._trainable)
+            phases = trace_phases(self._loss_fn, chosen, self._has_aux, params, args, kwargs)
+            if not any(isinstance(const, jax.core.Tracer) for const in phases.consts):
+                self._phases[key] = phases
+        return phases, arrays
+
+
+def _abstract(array: Any) -> Any:
+    return array.shape, array.dtype, getattr(array, "weak_type", False)
+
+
+def _fill(params: Any, leaves: Sequence[Any]) -> Any:
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def choose(params: Any, trainable: Trainable) -> list[bool]:
+    """For every leaf of params, whether it is trained."""
+    leaves = jaxprs.leaves_with_path(params)
+    floating = [jaxprs.is_array(x) and jnp.issubdtype(x.dtype, jnp.floating) for _, x in leaves]
+    if trainable is None:
+        chosen = floating
+    elif callable(trainable):
+        pairs = zip(leaves, floating, strict=True)
+        chosen = [is_float and bool(trainable(path)) for (path, _), is_float in pairs]
+    else:
+        patterns = [trainable] if isinstance(trainable, str) else list(trainable)
+        paths = [path for path, _ in leaves]
+        for pattern in patterns:
+            if not any(re.search(pattern, path) for path in paths):
+                known = ", ".join(paths)
+                raise ValueError(f"trainable {pattern!r} matches no parameter; there are {known}")
+        hits = [any(re.search(pattern, path) for pattern in patterns) for path in paths]
+        chosen = [hit and is_float for hit, is_float in zip(hits, floating, strict=True)]
+    if not any(chosen):
+        raise ValueError(f"trainable is {trainable!r}: it selects no floating parameter")
+    return chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Phases:
+    """The two phases of one step, traced for one set of shapes.
+
+    forward: arrays -> (value, kept); backward: (kept, arrays) -> the chosen leaves' gradients.
+    """
+
+    forward: Callable[[list[Any]], tuple[Any, tuple[Any, ...]]]
+    backward: Callable[[tuple[Any, ...], list[Any]], list[Any]]
+    kept: residuals.Kept
+    consts: list[Any]
+
+
+def trace_phases(
+    loss_fn: Callable, chosen: Sequence[bool], has_aux: bool, params: Any, args: Any, kwargs: Any
+) -> Phases:
+    """Trace a step and split it: what the backward phase needs is kept once, inputs excluded."""
+    arrays, static = jaxprs.split((params, args, kwargs))
+    is_leaf_array = [jaxprs.is_array(leaf) for leaf in jax.tree.leaves(params)]
+    used = [use for use, array in zip(chosen, is_leaf_array, strict=True) if array]
+    trained = [i for i, use in enumerate(used) if use]
+    out: list[Any] = []
+
+    def linearized(*arrays):
+        def loss(leaves):
+            filled = list(arrays)
+            for i, leaf in zip(trained, leaves, strict=True):
+                filled[i] = leaf
+            params, args, kwargs = static.join(filled)
+            result = loss_fn(params, *args, **kwargs)
+            value, aux = result if has_aux else (result, None)
+            _check_scalar(value)
+            return value, aux
+
+        value, vjp, aux = jax.vjp(loss, [arrays[i] for i in trained], has_aux=True)
+        values, rest = jaxprs.split((value, aux))
+        leaves, tree = jax.tree.flatten(vjp)
+        out[:] = [len(values), rest, tree]
+        return [*values, *leaves]
+
+    closed = jax.make_jaxpr(linearized)(*arrays)
+    count, rest, vjp_tree = out
+    # What the loss closes over becomes an input: passed again, never kept and never baked in.
+    ahead, consts = jaxprs.hoist_consts(closed)
+    values, leaves = ahead.outvars[:count], ahead.outvars[count:]
+    value_like, leaves_like = _struct(values[0]), [_struct(v) for v in leaves]
+
+    def pulled_back(leaves):
+        one = jnp.ones(value_like.shape, value_like.dtype)
+        return jax.tree.unflatten(vjp_tree, leaves)(one)[0]
+
+    back, back_consts = jaxprs.hoist_consts(jax.make_jaxpr(pulled_back)(leaves_like))
+    wanted = residuals.needed(back, [True] * len(trained))[len(back_consts) :]
+    kept = residuals.keep(ahead, leaves, wanted)
+
+    @jax.jit
+    def run_forward(consts, arrays):
+        outvars = [*values, *kept.variables]
+        return jaxprs.run_eqns(ahead.eqns, ahead.invars, outvars, [*consts, *arrays])
+
+    @jax.jit
+    def run_backward(saved, consts, back_consts, arrays):
+        leaves = kept.restore(saved, [*consts, *arrays], leaves_like)
+        return jaxprs.run_eqns(back.eqns, back.invars, back.outvars, [*back_consts, *leaves])
+
+    def forward(arrays):
+        outs = run_forward(consts, arrays)
+        value, aux = rest.join(outs[:count])
+        return ((value, aux) if has_aux else value), tuple(outs[count:])
+
+    def backward(saved, arrays):
+        return run_backward(saved, consts, back_consts, arrays)
+
+    return Phases(forward, backward, kept, consts)
+
+
+def _struct(atom: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype)
+
+
+def _check_scalar(value: Any) -> None:
+    shape, dtype = jnp.shape(value), jnp.result_type(value)
+    if shape or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"the loss has shape {shape} and dtype {dtype}; it must be a floating scalar"
+        )
