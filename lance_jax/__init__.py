@@ -5,6 +5,7 @@ from lance_jax.calibrate import last as last
 from lance_jax.factors import Factors as Factors
 from lance_jax.factors import LayerFactors as LayerFactors
 from lance_jax.hosvd import subspace as subspace
+from lance_jax.lowering import lower_for_cpu as lower_for_cpu
 from lance_jax.memory import report as report
 from lance_jax.step import value_and_grad as value_and_grad
 from lance_jax.transform import Layer as Layer

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from lance_jax import hosvd, jaxprs
 from lance_jax.factors import CORE_DTYPES, Factors, LayerFactors
 from lance_jax.jaxprs import Site
 from lance_jax.modes import accumulator
+from lance_jax.paths import matching
 from lance_jax.transform import Found, Layer, Layers, Use, find, product_of, weight_of
 
 _ENERGY, _PAPER_ENERGY = 0.9, 0.7
@@ -156,13 +156,8 @@ def _select(select: Select, found: Layers) -> list[Layer]:
     elif callable(select):
         chosen = [layer for layer in found if select(layer)]
     else:
-        patterns = [select] if isinstance(select, str) else list(select)
-        for pattern in patterns:
-            if not any(re.search(pattern, layer.path) for layer in found):
-                skips = [s for s in found.skipped if re.search(pattern, s.path)]
-                why = "".join(f"; {s.path} cannot be compressed: {s.reason}" for s in skips)
-                raise ValueError(f"select {pattern!r} matches no layer; there are {paths}{why}")
-        chosen = [x for x in found if any(re.search(p, x.path) for p in patterns)]
+        hits = matching(select, [layer.path for layer in found], "select", "layer")
+        chosen = [layer for layer, hit in zip(found, hits, strict=True) if hit]
     if not chosen:
         raise ValueError(f"select is {select!r}: it selects no layer; there are {paths}")
     return chosen
@@ -192,9 +187,7 @@ def _choose_modes(
         if center and "batch" in names:
             raise ValueError(f"center does not go with the batch mode of {layer.path!r}")
         if center and not _can_center(found.uses[layer.path]):
-            skipped.append(
-                (layer.path, "without a batch axis of one shape it has no mean")
-            )
+            skipped.append((layer.path, "without a batch axis of one shape it has no mean"))
         elif names or modes == ():
             by_path[layer.path] = names
         else:

@@ -165,6 +165,18 @@ class Factors(Mapping[str, LayerFactors]):
         return new
 
 
+def as_factors(factors: Any) -> Factors:
+    """`Factors` from a mapping of them; ValueError for anything else."""
+    if isinstance(factors, Factors):
+        return factors
+    if not isinstance(factors, Mapping):
+        raise ValueError(
+            f"factors is a {type(factors).__name__}; it must be Factors, or a mapping from "
+            "parameter paths to LayerFactors"
+        )
+    return Factors(factors)
+
+
 def table(rows: list[tuple[str, ...]]) -> str:
     """Rows of equal length as aligned columns, the first row as a heading."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

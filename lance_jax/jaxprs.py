@@ -20,6 +20,9 @@ import jax.extend.core as jexc
 from jax import lax
 from jax.extend.core import primitives as prims
 
+from lance_jax.paths import leaves_with_path
+
+Literal = jexc.Literal
 Jaxpr = Any  # jax.extend.core.Jaxpr
 Eqn = Any  # jax.extend.core.JaxprEqn
 Nodes = dict[int, Any]  # equation index -> what replaces it
@@ -72,18 +75,13 @@ def is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
-def leaves_with_path(tree: Any) -> list[tuple[str, Any]]:
-    """(key path joined by `/`, leaf) of every leaf."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
-
-
 @dataclasses.dataclass(frozen=True)
 class Static:
     """What a tree is besides its arrays; two calls of equal `Static` and shapes trace alike."""
 
     tree: Any
     leaves: tuple[Any, ...]
+    types: tuple[type, ...]  # 1, 1.0 and True are equal, but trace differently
 
     def join(self, arrays: Sequence[Any]) -> Any:
         """The tree with these arrays."""
@@ -99,7 +97,8 @@ def split(tree: Any) -> tuple[list[Any], Static]:
     """(the arrays of a tree, the rest)."""
     leaves, structure = jax.tree.flatten(tree)
     arrays = [leaf for leaf in leaves if is_array(leaf)]
-    return arrays, Static(structure, tuple(_ARRAY if is_array(leaf) else leaf for leaf in leaves))
+    others = tuple(_ARRAY if is_array(leaf) else leaf for leaf in leaves)
+    return arrays, Static(structure, others, tuple(map(type, others)))
 
 
 def trace(fun: Callable, params: Any, *args: Any, **kwargs: Any) -> Traced:
@@ -138,10 +137,15 @@ def bodies(eqn: Eqn) -> list[Jaxpr]:
     return []
 
 
+def bodies_in(params: Any) -> list[Jaxpr]:
+    """All bodies among an equation's parameters, whatever its primitive."""
+    return [open_jaxpr(body)[0] for body in jexc.jaxprs_in_params(params)]
+
+
 def hidden_eqns(eqn: Eqn) -> Iterator[Eqn]:
     """All equations inside of an equation's bodies, at any depth."""
-    for closed in jexc.jaxprs_in_params(eqn.params):
-        for inner in open_jaxpr(closed)[0].eqns:
+    for body in bodies_in(eqn.params):
+        for inner in body.eqns:
             yield inner
             yield from hidden_eqns(inner)
 
@@ -196,6 +200,12 @@ class Site:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Marked:
+    """An equation for `apply` that needs nothing beside itself."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Skip:
     """An equation that a later node has taken over."""
 
@@ -212,7 +222,7 @@ def _plan(
     env.update(zip(jaxpr.invars, refs, strict=True))
 
     def read(atom):
-        return Ref(()) if isinstance(atom, jexc.Literal) else env[atom]
+        return Ref(()) if isinstance(atom, Literal) else env[atom]
 
     nodes: Nodes = {}
     for i, eqn in enumerate(jaxpr.eqns):
@@ -275,7 +285,7 @@ def run(
     env.update(zip(jaxpr.invars, args, strict=True))
 
     def read(atom):
-        return atom.val if isinstance(atom, jexc.Literal) else env[atom]
+        return atom.val if isinstance(atom, Literal) else env[atom]
 
     for i, eqn in enumerate(jaxpr.eqns):
         node = nodes.get(i)
@@ -300,7 +310,7 @@ def _scope(eqn: Eqn) -> contextlib.AbstractContextManager[Any]:
 
 
 def _variables(atoms: Sequence[Any]) -> list[Any]:
-    return list(dict.fromkeys(v for v in atoms if not isinstance(v, jexc.Literal)))
+    return list(dict.fromkeys(v for v in atoms if not isinstance(v, Literal)))
 
 
 def bind(eqn: Eqn, values: Sequence[Any]) -> list[Any]:

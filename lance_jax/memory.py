@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from lance_jax import jaxprs, pointwise, residuals
-from lance_jax.factors import Factors, LayerFactors, table
+from lance_jax.factors import Factors, LayerFactors, as_factors, table
+from lance_jax.paths import leaves_with_path
 from lance_jax.step import Trainable, choose, trace_phases
 from lance_jax.transform import Use, check, find, keep, rewrite
 
@@ -102,9 +103,9 @@ def report(
     Raises:
       ValueError: as `compress` and `value_and_grad` do.
     """
-    factors = factors if isinstance(factors, Factors) else Factors(factors or {})
+    factors = as_factors({} if factors is None else factors)
     chosen = choose(params, trainable)
-    paths = [path for path, _ in jaxprs.leaves_with_path(params)]
+    paths = [path for path, _ in leaves_with_path(params)]
     trained = {path for path, use in zip(paths, chosen, strict=True) if use}
     traced = jaxprs.trace(loss_fn, params, *args)
     found = find(traced)
@@ -115,8 +116,12 @@ def report(
     )
 
     def total(factors, match):
-        fast = rewrite(loss_fn, factors, match)
-        return trace_phases(fast, chosen, has_aux, params, args, {}).kept.nbytes
+        # Factors are an argument, so that they too may be shapes.
+        def fast(params, *args, factors):
+            return rewrite(loss_fn, factors, match)(params, *args)
+
+        kwargs = {"factors": factors}
+        return trace_phases(fast, chosen, has_aux, params, args, kwargs).kept.nbytes
 
     return Report(
         SavedBytes(sum(row.bytes for row in rows), total(factors, pointwise.match)),

@@ -29,7 +29,12 @@ def mode_product(x: jax.Array, matrix: jax.Array, axis: int, precision: Any = No
 
 def accumulator(dtype: Any) -> Any:
     """The dtype in which products of this dtype are summed: at least float32."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return wider(dtype, jnp.float32)
+
+
+def wider(a: Any, b: Any) -> Any:
+    """The floating dtype of more bits, whatever the promotion rules."""
+    return jnp.dtype(a) if jnp.finfo(a).bits >= jnp.finfo(b).bits else jnp.dtype(b)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -14,14 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.extend.core as jexc
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import primitives as prims
 from jax.interpreters import ad
 
 from lance_jax import jaxprs
+from lance_jax.jaxprs import Literal, prims
 
 _SCALAR = {
     lax.max_p: np.maximum,
@@ -74,8 +73,10 @@ class Mask:
 def match(jaxpr: Any, i: int) -> jaxprs.Nodes:
     """The mask that ends at equation i, with a Skip for each earlier equation it takes over."""
     last = jaxpr.eqns[i]
+    if last.primitive not in _LAST or len(last.outvars) != 1:
+        return {}
     out = last.outvars[0].aval
-    if last.primitive not in _LAST or not jnp.issubdtype(out.dtype, jnp.floating) or not out.shape:
+    if not jnp.issubdtype(out.dtype, jnp.floating) or not out.shape:
         return {}
     found: jaxprs.Nodes = {}
     for group in _groups(jaxpr, i):
@@ -112,7 +113,7 @@ def _groups(jaxpr: Any, i: int) -> Iterator[list[int]]:
 def _producers_and_uses(jaxpr: Any) -> tuple[dict[Any, int], collections.Counter[Any]]:
     producer = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.outvars}
     uses = collections.Counter(v for eqn in jaxpr.eqns for v in _variables(eqn))
-    uses.update(v for v in jaxpr.outvars if not isinstance(v, jexc.Literal))
+    uses.update(v for v in jaxpr.outvars if not isinstance(v, Literal))
     return producer, uses
 
 
@@ -167,7 +168,7 @@ def _eval(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
     env = dict(zip(jaxpr.invars, args, strict=True))
 
     def read(atom):
-        return atom.val if isinstance(atom, jexc.Literal) else env[atom]
+        return atom.val if isinstance(atom, Literal) else env[atom]
 
     for eqn in jaxpr.eqns:
         values = [read(v) for v in eqn.invars]
@@ -181,15 +182,13 @@ def _eval(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
 
 def _constants(jaxpr: Any) -> Iterator[Any]:
     for eqn in jaxpr.eqns:
-        yield from (
-            v.val for v in eqn.invars if isinstance(v, jexc.Literal) and np.ndim(v.val) == 0
-        )
-        for body in jexc.jaxprs_in_params(eqn.params):
-            yield from _constants(jaxprs.open_jaxpr(body)[0])
+        yield from (v.val for v in eqn.invars if isinstance(v, Literal) and np.ndim(v.val) == 0)
+        for body in jaxprs.bodies_in(eqn.params):
+            yield from _constants(body)
 
 
 def _variables(eqn: Any) -> list[Any]:
-    return [v for v in eqn.invars if not isinstance(v, jexc.Literal)]
+    return [v for v in eqn.invars if not isinstance(v, Literal)]
 
 
 def _inputs(eqns: Sequence[Any]) -> list[Any]:
@@ -247,19 +246,23 @@ _THREES = np.array([1, 3, 9, 27, 81], np.uint8)
 def _pack(index: jax.Array) -> jax.Array:
     """Eight elements a byte for two slopes, five for three."""
     if index.dtype == bool:
-        # Along the last axis where it fits: a flattened array would lose its sharding.
-        return jnp.packbits(index, axis=-1 if index.shape[-1] % 8 == 0 else None)
-    flat = index.astype(jnp.uint8).reshape(-1)
-    flat = jnp.pad(flat, (0, -flat.size % 5)).reshape(-1, 5)
-    return jnp.sum(flat * _THREES, axis=1, dtype=jnp.uint8)
+        return jnp.packbits(_rows(index, 8), axis=-1)
+    rows = _rows(index.astype(jnp.uint8), 5)
+    rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % 5)))
+    return jnp.sum(rows.reshape(len(rows), -1, 5) * _THREES, axis=2, dtype=jnp.uint8)
 
 
 def _unpack(packed: jax.Array, count: int, shape: tuple[int, ...]) -> jax.Array:
     """bool for two slopes, int32 for three, of that shape."""
-    size = math.prod(shape)
+    size = math.prod(shape) // len(packed)
     if count == 2:
-        axis = -1 if shape[-1] % 8 == 0 else None
-        bits = jnp.unpackbits(packed, axis=axis, count=None if axis else size)
-        return bits.reshape(shape).astype(bool)
-    digits = packed[:, None] // _THREES % np.uint8(3)
-    return digits.reshape(-1)[:size].reshape(shape).astype(jnp.int32)
+        return jnp.unpackbits(packed, axis=-1, count=size).reshape(shape).astype(bool)
+    digits = (packed[:, :, None] // _THREES % np.uint8(3)).reshape(len(packed), -1)
+    return digits[:, :size].reshape(shape).astype(jnp.int32)
+
+
+def _rows(index: jax.Array, per_byte: int) -> jax.Array:
+    """As a matrix whose rows are packed: samples, where that is needed or wastes nothing."""
+    sharded = any(axis is not None for axis in jax.typeof(index).sharding.spec)
+    by_sample = sharded or index[0].size % per_byte == 0
+    return index.reshape(len(index), -1) if by_sample else index.reshape(1, -1)

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.extend.core as jexc
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import primitives as prims
 
 from lance_jax import jaxprs
+from lance_jax.jaxprs import Literal, prims
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Origin:
 
     def key(self) -> Any:
         """Equal for two origins of the same numbers."""
-        root = ("literal", str(self.root)) if isinstance(self.root, jexc.Literal) else self.root
+        root = ("literal", str(self.root)) if isinstance(self.root, Literal) else self.root
         steps = tuple((eqn.primitive, str(eqn.params), depth) for eqn, depth in self.views)
         return root, steps, self.level
 
@@ -46,7 +45,7 @@ class Origin:
 
 
 def _operand(eqn: Any) -> Any:
-    return next((v for v in eqn.invars if not isinstance(v, jexc.Literal)), eqn.invars[0])
+    return next((v for v in eqn.invars if not isinstance(v, Literal)), eqn.invars[0])
 
 
 def _lays_out(eqn: Any) -> bool:
@@ -67,7 +66,7 @@ def _origins(jaxpr: Any, inputs: Sequence[Origin], level: int) -> dict[Any, Orig
 
     for eqn in jaxpr.eqns:
         operands = [read(v) for v in eqn.invars]
-        if _lays_out(eqn) and not isinstance(eqn.invars[0], jexc.Literal):
+        if _lays_out(eqn) and not isinstance(eqn.invars[0], Literal):
             source = operands[0]
             views = (*source.views, (eqn, source.level))
             env[eqn.outvars[0]] = dataclasses.replace(source, views=views)
@@ -148,7 +147,7 @@ def _needed_by(eqn: Any, used: list[bool]) -> list[bool]:
 
 
 def _is_var(atom: Any) -> bool:
-    return not isinstance(atom, jexc.Literal)
+    return not isinstance(atom, Literal)
 
 
 # --- the two phases ------------------------------------------------------------------------------
@@ -191,7 +190,7 @@ def keep(jaxpr: Any, residuals: Sequence[Any], wanted: Sequence[bool]) -> Kept:
 
     def recipe(var, may_keep_root):
         origin = known[var] if _is_var(var) else Origin(var)
-        if isinstance(origin.root, jexc.Literal):
+        if isinstance(origin.root, Literal):
             return origin, ("literal", origin.root.val)
         if origin.root in inputs:
             return origin, ("input", inputs[origin.root])

@@ -1,7 +1,6 @@
 """`value_and_grad` in two jitted phases, so that what is kept between them is real."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax.core
 import jax.numpy as jnp
 
 from lance_jax import jaxprs, residuals
+from lance_jax.paths import leaves_with_path, matching
 
 Trainable = str | Sequence[str] | Callable[[str], bool] | None
 
@@ -113,7 +113,7 @@ def _fill(params: Any, leaves: Sequence[Any]) -> Any:
 
 def choose(params: Any, trainable: Trainable) -> list[bool]:
     """For every leaf of params, whether it is trained."""
-    leaves = jaxprs.leaves_with_path(params)
+    leaves = leaves_with_path(params)
     floating = [jaxprs.is_array(x) and jnp.issubdtype(x.dtype, jnp.floating) for _, x in leaves]
     if trainable is None:
         chosen = floating
@@ -121,13 +121,7 @@ def choose(params: Any, trainable: Trainable) -> list[bool]:
         pairs = zip(leaves, floating, strict=True)
         chosen = [is_float and bool(trainable(path)) for (path, _), is_float in pairs]
     else:
-        patterns = [trainable] if isinstance(trainable, str) else list(trainable)
-        paths = [path for path, _ in leaves]
-        for pattern in patterns:
-            if not any(re.search(pattern, path) for path in paths):
-                known = ", ".join(paths)
-                raise ValueError(f"trainable {pattern!r} matches no parameter; there are {known}")
-        hits = [any(re.search(pattern, path) for pattern in patterns) for path in paths]
+        hits = matching(trainable, [path for path, _ in leaves], "trainable", "parameter")
         chosen = [hit and is_float for hit, is_float in zip(hits, floating, strict=True)]
     if not any(chosen):
         raise ValueError(f"trainable is {trainable!r}: it selects no floating parameter")
@@ -163,10 +157,7 @@ def trace_phases(
             for i, leaf in zip(trained, leaves, strict=True):
                 filled[i] = leaf
             params, args, kwargs = static.join(filled)
-            result = loss_fn(params, *args, **kwargs)
-            value, aux = result if has_aux else (result, None)
-            _check_scalar(value)
-            return value, aux
+            return _value_and_aux(loss_fn(params, *args, **kwargs), has_aux)
 
         value, vjp, aux = jax.vjp(loss, [arrays[i] for i in trained], has_aux=True)
         values, rest = jaxprs.split((value, aux))
@@ -214,9 +205,16 @@ def _struct(atom: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype)
 
 
-def _check_scalar(value: Any) -> None:
+def _value_and_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
+    if has_aux and not (isinstance(result, tuple) and len(result) == 2):
+        raise ValueError("has_aux is True, but the loss returns no pair (scalar, aux)")
+    value, aux = result if has_aux else (result, None)
+    if isinstance(value, tuple | list | dict):
+        raise ValueError(
+            f"the loss is a {type(value).__name__}; it must be a floating scalar, or a pair "
+            "(scalar, aux) with has_aux=True"
+        )
     shape, dtype = jnp.shape(value), jnp.result_type(value)
     if shape or not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(
-            f"the loss has shape {shape} and dtype {dtype}; it must be a floating scalar"
-        )
+        raise ValueError(f"the loss is {dtype} of shape {shape}; it must be a floating scalar")
+    return value, aux

@@ -14,8 +14,9 @@ from jax import lax
 from lance_jax import jaxprs, pointwise
 from lance_jax.conv import Conv
 from lance_jax.dense import Dense
-from lance_jax.factors import Factors, LayerFactors, table
+from lance_jax.factors import Factors, LayerFactors, as_factors, table
 from lance_jax.jaxprs import Ref, Site
+from lance_jax.modes import wider
 from lance_jax.quantize import Stored, load, store
 
 Product = Conv | Dense
@@ -259,7 +260,7 @@ def compress(
     Raises:
       ValueError: when called, for a path that is no layer, or a basis that does not fit its input.
     """
-    factors = factors if isinstance(factors, Factors) else Factors(factors)
+    factors = as_factors(factors)
     return rewrite(apply_fn, factors, pointwise.match if masks else lambda jaxpr, i: {})
 
 
@@ -317,7 +318,7 @@ def _layer_product(
     def backward(saved, dy):
         stored, w, factors = saved
         dx = jax.linear_transpose(lambda x: product(x, w), x_aval)(dy)[0]
-        dtype = jnp.promote_types(x_aval.dtype, dy.dtype)
+        dtype = wider(x_aval.dtype, dy.dtype)
         core = load(stored, factors.core_dtype, layer.core_shape(factors.ranks), dtype)
         dw = layer.weight_gradient(core, dy.astype(dtype), factors.bases, w_dtype)
         if factors.mean is not None:
