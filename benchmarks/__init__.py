@@ -1,0 +1,1 @@
+"""Measurements behind README's figures: each script appends JSON lines to `results/`."""

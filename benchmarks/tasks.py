@@ -1,0 +1,23 @@
+"""The three data sets that are measured, as configs of the program; run from the root."""
+
+import importlib
+from pathlib import Path
+
+import ml_collections
+
+RUNS = Path("workdir/benchmarks")  # working directories, so that a killed run goes on too
+COMPLETE_BREEDS = (
+    "Abyssinian,american_bulldog,Bengal,german_shorthaired,havanese,Maine_Coon,pomeranian"
+)
+PREPARED = {
+    "data_dir": "../shared/data/tfds",
+    "weights": "../shared/data/weights/mcunet-5fps.safetensors",
+}
+DATA = {"digits": {}, "cifar10": PREPARED, "pets": PREPARED | {"classes": COMPLETE_BREEDS}}
+
+
+def config(data: str, **settings) -> ml_collections.ConfigDict:
+    """configs/DATA.py with the place of the prepared data, and `settings` on top."""
+    config = importlib.import_module(f"configs.{data}").get_config()
+    config.update({**DATA[data], **settings})
+    return config

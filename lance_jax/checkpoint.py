@@ -1,0 +1,113 @@
+"""Checkpoints of a whole run with Orbax: each is complete or absent, whenever the process dies."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from lance_jax.factors import Factors, LayerFactors
+
+
+class Checkpoint(NamedTuple):
+    """What a run needs to go on as if it had never stopped."""
+
+    step: int  # optimiser steps done
+    state: Any  # pytree of arrays: parameters, optimiser state, PRNG key data
+    factors: Factors
+    info: dict[str, Any]  # JSON: loader position, configuration, measured times
+
+
+class Checkpoints:
+    """The checkpoints of one run under `directory`; the newest two are kept.
+
+    A context manager. Orbax writes a checkpoint to a temporary directory and renames it at the end,
+    so `latest` never sees half of one.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self._manager = ocp.CheckpointManager(
+            Path(directory).absolute(),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True
+            ),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._manager.close()
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Writes a checkpoint, and returns when it is on disk."""
+        step, state, factors, info = checkpoint
+        arrays = jax.device_get({"state": state, "factors": _as_dicts(factors)})
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                arrays=ocp.args.StandardSave(arrays),
+                info=ocp.args.JsonSave({"info": info, "factors": _describe(factors)}),
+            ),
+        )
+
+    def latest(self, state: Any) -> Checkpoint | None:
+        """The newest checkpoint, its arrays in the structure of `state`; None where there is none.
+
+        `state` gives the structure, shapes and dtypes.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        json = self._manager.restore(step, args=ocp.args.Composite(info=ocp.args.JsonRestore()))
+        described = json["info"]["factors"]
+        template = {"state": jax.device_get(state), "factors": _as_dicts(_rebuild(described))}
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(template))
+        )
+        arrays = jax.tree.map(jnp.asarray, restored["arrays"])
+        factors = _rebuild(described, arrays["factors"])
+        return Checkpoint(step, arrays["state"], factors, json["info"]["info"])
+
+
+def _as_dicts(factors: Factors) -> dict[str, Any]:
+    """The arrays of `factors`, as Orbax likes them."""
+    return {path: {"bases": dict(f.bases), "mean": f.mean} for path, f in factors.items()}
+
+
+def _describe(factors: Factors) -> dict[str, Any]:
+    """All of `factors` but the values, as JSON."""
+
+    def array(a: Any) -> list[Any] | None:
+        return None if a is None else [str(a.dtype), list(a.shape)]
+
+    layers = [
+        {
+            "path": path,
+            "bases": [[mode, array(basis)] for mode, basis in f.bases.items()],
+            "mean": array(f.mean),
+            "core_dtype": f.core_dtype,
+        }
+        for path, f in factors.items()
+    ]
+    return {"layers": layers, "skipped": [list(skipped) for skipped in factors.skipped]}
+
+
+def _rebuild(described: dict[str, Any], arrays: dict[str, Any] | None = None) -> Factors:
+    """The inverse of `_describe`: with the values of `arrays`, else zeros for a template."""
+
+    def zeros(a: list[Any] | None) -> Any:
+        return None if a is None else jnp.zeros(a[1], a[0])
+
+    layers = {}
+    for layer in described["layers"]:
+        if arrays is None:
+            bases = {mode: zeros(basis) for mode, basis in layer["bases"]}
+            mean = zeros(layer["mean"])
+        else:
+            saved = arrays[layer["path"]]
+            bases = {mode: saved["bases"][mode] for mode, _ in layer["bases"]}
+            mean = saved["mean"]
+        layers[layer["path"]] = LayerFactors(bases, mean, layer["core_dtype"])
+    return Factors(layers, tuple((path, reason) for path, reason in described["skipped"]))

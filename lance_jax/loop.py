@@ -1,0 +1,205 @@
+"""The training loop: two-phase gradients, metrics by windows, checkpoints, exact resumption."""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.progress import Progress
+
+import lance_jax
+from lance_jax import data, metrics
+from lance_jax.checkpoint import Checkpoint, Checkpoints
+
+WARM_UP_STEPS = 3  # of each process, not timed: they compile
+
+Config = Any  # an ml_collections.ConfigDict, whose own annotations fit no field
+ApplyFn = Callable[[Any, Any], Any]
+StepFn = Callable[[Any, np.ndarray], tuple[Any, float, float]]
+
+
+class Examples(NamedTuple):
+    """Network inputs (views, n, ...), one view per mirror image, and labels (n,)."""
+
+    inputs: np.ndarray
+    labels: np.ndarray
+
+
+class Fitted(NamedTuple):
+    """The end of a training run."""
+
+    params: Any
+    factors: lance_jax.Factors
+    loss: float  # mean over the last epoch
+    step_seconds: list[float]  # of every step after warming up
+    calibration_seconds: float
+
+
+def loss_of(apply_fn: ApplyFn) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
+    """loss(params, inputs, labels): the mean cross-entropy of logits = apply_fn(params, inputs)."""
+
+    def loss(params: Any, inputs: jax.Array, labels: jax.Array) -> jax.Array:
+        logits = apply_fn(params, inputs)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    return loss
+
+
+def for_device(apply_fn: ApplyFn) -> ApplyFn:
+    """The same function, in a form that is fast on the backend that JAX computes on."""
+    return lance_jax.lower_for_cpu(apply_fn) if jax.default_backend() == "cpu" else apply_fn
+
+
+def fit(
+    apply_fn: ApplyFn,
+    params: Any,
+    examples: Examples,
+    config: Config,
+    *,
+    epochs: int,
+    learning_rate: float,
+    trainable: list[str] | None,
+    calibrate: Callable[[], lance_jax.Factors] | None,
+    directory: Path,
+) -> Fitted:
+    """Trains `params` by SGD, going on from the newest checkpoint in `directory` if there is one.
+
+    `calibrate` gives the factors to compress with, once at the start; None trains in plain JAX.
+    `trainable` is that of `lance_jax.value_and_grad`. FloatingPointError where a loss is not
+    finite.
+    """
+    size = len(examples.labels)
+    loader = data.Loader(size, config.batch_size, config.seed)
+    total = epochs * loader.steps_per_epoch
+    cosine = optax.cosine_decay_schedule(learning_rate, total)
+
+    def schedule(count: Any) -> Any:
+        return cosine(jnp.asarray(count, jnp.float32))  # its own int32 fails strict promotion
+
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(config.clip), optax.sgd(schedule, momentum=config.momentum)
+    )
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        initial = _initial_state(params, optimizer, trainable, config.seed)
+        now = checkpoints.latest(initial)
+        if now is None:
+            now = _start(initial, calibrate)
+            checkpoints.save(now)
+        loader = data.Loader(size, config.batch_size, config.seed, tuple(now.info["position"]))
+        log = metrics.Metrics(directory / "metrics.jsonl", now.step)
+        compressed = apply_fn if calibrate is None else lance_jax.compress(apply_fn, now.factors)
+        step_fn = _step_fn(for_device(compressed), examples, optimizer, trainable)
+        untimed = now.step + WARM_UP_STEPS
+        with Progress(*metrics.COLUMNS) as progress:
+            bar = progress.add_task(directory.name, total=total, completed=now.step)
+            for window in range(1, total + 1):
+                if now.step == total:
+                    break
+                line, now = _window(step_fn, now, loader, config.log_every, untimed)
+                log.append({**line, "learning_rate": float(schedule(now.step - 1))})
+                progress.update(bar, completed=now.step)
+                if window % config.checkpoint_every == 0 or now.step == total:
+                    checkpoints.save(now)
+    lines = log.lines()
+    last = [line for line in lines if line["epoch"] == epochs - 1]
+    return Fitted(
+        params=now.state["params"],
+        factors=now.factors,
+        loss=sum(x["loss"] * x["steps"] for x in last) / loader.steps_per_epoch,
+        step_seconds=[seconds for line in lines for seconds in line["step_seconds"]],
+        calibration_seconds=now.info["calibration_seconds"],
+    )
+
+
+def _initial_state(
+    params: Any, optimizer: optax.GradientTransformation, trainable: list[str] | None, seed: int
+) -> dict[str, Any]:
+    partition = lance_jax.value_and_grad(lambda params: 0.0, trainable=trainable).partition
+    return {
+        "params": params,
+        "optimizer": optimizer.init(partition(params)[0]),
+        "key": jax.random.key_data(jax.random.key(seed)),
+    }
+
+
+def _start(state: Any, calibrate: Callable[[], lance_jax.Factors] | None) -> Checkpoint:
+    start = time.perf_counter()
+    factors = jax.block_until_ready(calibrate() if calibrate else lance_jax.Factors())
+    seconds = time.perf_counter() - start
+    return Checkpoint(0, state, factors, {"position": (0, 0), "calibration_seconds": seconds})
+
+
+def _window(
+    step_fn: StepFn, now: Checkpoint, loader: data.Loader, log_every: int, untimed: int
+) -> tuple[dict[str, Any], Checkpoint]:
+    """Trains to the window's end: `log_every` steps, or the epoch's end. Its line of metrics.
+
+    Steps up to number `untimed` are left out of the times.
+    """
+    epoch, first = loader.position
+    steps = min(log_every - first % log_every, loader.steps_per_epoch - first)
+    state, losses, seconds = now.state, [], []
+    for step in range(now.step + 1, now.step + steps + 1):
+        state, loss, duration = step_fn(state, next(loader))
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {step} (epoch {epoch})")
+        losses.append(loss)
+        if step > untimed:
+            seconds.append(duration)
+    line = {
+        "step": now.step + steps,
+        "epoch": epoch,
+        "steps": steps,
+        "loss": math.fsum(losses) / steps,
+        "step_seconds": seconds,
+    }
+    info = {**now.info, "position": loader.position}
+    return line, now._replace(step=now.step + steps, state=state, info=info)
+
+
+def _step_fn(
+    apply_fn: ApplyFn,
+    examples: Examples,
+    optimizer: optax.GradientTransformation,
+    trainable: list[str] | None,
+) -> StepFn:
+    """step(state, indices) -> (state, loss, seconds), the seconds without fetching the batch."""
+    value_and_grad = lance_jax.value_and_grad(loss_of(apply_fn), trainable=trainable)
+
+    @jax.jit
+    def draw_views(key: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+        key, subkey = jax.random.split(jax.random.wrap_key_data(key))
+        views = jax.random.randint(subkey, indices.shape, 0, len(examples.inputs))
+        return jax.random.key_data(key), views
+
+    @jax.jit
+    def update(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def step(state: dict[str, Any], indices: np.ndarray) -> tuple[dict[str, Any], float, float]:
+        params = state["params"]
+        key, views = draw_views(state["key"], indices)
+        inputs = jnp.asarray(examples.inputs[np.asarray(views), indices])
+        labels = jnp.asarray(examples.labels[indices])
+        jax.block_until_ready((inputs, labels))
+
+        start = time.perf_counter()
+        loss, saved = value_and_grad.forward(params, inputs, labels)
+        grads = value_and_grad.backward(saved, params, inputs, labels)
+        del saved
+        trained, frozen = value_and_grad.partition(params)
+        trained, optimizer_state = update(trained, state["optimizer"], grads)
+        jax.block_until_ready((trained, optimizer_state))
+        seconds = time.perf_counter() - start
+
+        params = value_and_grad.merge(trained, frozen)
+        state = {"params": params, "optimizer": optimizer_state, "key": key}
+        return state, float(loss), seconds
+
+    return step

@@ -1,0 +1,60 @@
+"""python -m lance_jax.main [--config configs/X.py] [--workdir DIR] [--config.key=value ...]
+
+Without --config it runs configs/digits.py. Results of a method lie in WORKDIR/METHOD.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from lance_jax import train
+
+DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "digits.py"
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    help_string="Configuration [configs/digits.py]; --config.key=value sets a field.",
+    lock_config=True,
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where results and checkpoints go [workdir/NAME of the configuration]."
+)
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        _stop(f"{argv[1]!r} is no flag; fields are set by --config.key=value")
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
+    try:
+        config_file = config_flags.get_config_filename(flags.FLAGS["config"])
+        workdir = _WORKDIR.value or f"workdir/{Path(config_file).stem}"
+        train.compare(_CONFIG.value, workdir)
+    except (ValueError, OSError, FloatingPointError) as error:
+        _stop(error)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    # as a default of the flag it would be parsed, and fail, while this file is imported
+    if not any(re.match("--?config(=|$)", argument) for argument in argv):
+        argv = [argv[0], f"--config={DEFAULT_CONFIG}", *argv[1:]]
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:  # how ml_collections says it
+        reason: object = error
+        while isinstance(reason, Exception):
+            reason = reason.args[0]
+        _stop(f"no such field in the configuration: {reason}")
+
+
+def _stop(error: object) -> NoReturn:
+    """Ends the program with one line."""
+    sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse_flags)

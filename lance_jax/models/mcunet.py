@@ -1,0 +1,181 @@
+"""MCUNet (Lin et al., 2020, arXiv:2007.10319), built from the architecture stored with its weights.
+
+Batch norm is folded into the convolutions, so every one has a bias and no statistics exist.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+
+class Block(NamedTuple):
+    """One inverted residual block: 1x1 expand (where `expand`), depthwise, 1x1 project."""
+
+    kernel: int
+    stride: int
+    in_channels: int
+    hidden_channels: int
+    out_channels: int
+    expand: bool
+    residual: bool
+
+
+class Architecture(NamedTuple):
+    """What the weights file says of the network; `resolution` is the picture's side in pixels."""
+
+    resolution: int
+    stem_channels: int
+    stem_kernel: int
+    stem_stride: int
+    blocks: tuple[Block, ...]
+
+
+def _conv(channels: int, kernel: int, stride: int, groups: int, name: str) -> nn.Conv:
+    # (k - 1) // 2 on both sides also at stride 2, where "SAME" would pad unevenly
+    padding = (kernel - 1) // 2
+    return nn.Conv(
+        channels,
+        (kernel, kernel),
+        strides=stride,
+        padding=padding,
+        feature_group_count=groups,
+        name=name,
+    )
+
+
+class InvertedResidual(nn.Module):
+    """One `Block`: (n, h, w, in_channels) -> (n, h / stride, w / stride, out_channels)."""
+
+    block: Block
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        block, hidden = self.block, self.block.hidden_channels
+        y = x
+        if block.expand:
+            y = jax.nn.relu6(_conv(hidden, 1, 1, 1, "conv1")(y))
+        y = jax.nn.relu6(_conv(hidden, block.kernel, block.stride, hidden, "conv2")(y))
+        y = _conv(block.out_channels, 1, 1, 1, "conv3")(y)
+        return x + y if block.residual else y
+
+
+class MCUNet(nn.Module):
+    """Blocks `start` to `stop` of the network, NHWC.
+
+    From `start` 0 the input is a batch of pictures (n, resolution, resolution, 3) in [-1, 1], else
+    the output of block `start` - 1. With `classes` the output is logits (n, classes), else the
+    output of the last block run.
+    """
+
+    architecture: Architecture
+    start: int = 0
+    stop: int | None = None
+    classes: int | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        net = self.architecture
+        if self.start == 0:
+            stem = _conv(net.stem_channels, net.stem_kernel, net.stem_stride, 1, "stem")
+            x = jax.nn.relu6(stem(x))
+        for i in range(len(net.blocks))[self.start : self.stop]:
+            x = InvertedResidual(net.blocks[i], name=f"blocks_{i}")(x)
+        if self.classes is not None:
+            x = nn.Dense(self.classes, name="head")(jnp.mean(x, axis=(1, 2)))
+        return x
+
+
+def last_pointwise(architecture: Architecture, n: int) -> list[tuple[int, str]]:
+    """(block, name) of the last `n` 1x1 convolutions, in order of use."""
+    names = [
+        (i, name)
+        for i, block in enumerate(architecture.blocks)
+        for name in (["conv1", "conv3"] if block.expand else ["conv3"])
+    ]
+    if not 1 <= n <= len(names):
+        raise ValueError(
+            f"trainable_layers is {n}; this network has 1 to {len(names)} pointwise convolutions"
+        )
+    return names[-n:]
+
+
+def load(path: str | Path) -> tuple[Architecture, dict[str, Any]]:
+    """Architecture and Linen parameters (float32, the ImageNet classifier left out) of a file.
+
+    The file is safetensors: convolutions in OIHW named `stem`, `blocks.N.convM`, `classifier`, and
+    an `architecture` JSON in the metadata. ValueError for anything else.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"weights file {str(path)!r} does not exist; give --config.weights=FILE")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"weights file {str(path)!r} is not a safetensors file ({error}); pickles and other "
+            "formats are not read"
+        ) from None
+    architecture = _parse_architecture(metadata, path)
+    params = _to_linen(tensors)
+    _check_shapes(architecture, params, path)
+    return architecture, params
+
+
+def _parse_architecture(metadata: dict[str, str], path: str | Path) -> Architecture:
+    try:
+        spec = json.loads(metadata["architecture"])
+        blocks = tuple(Block(*(b[field] for field in Block._fields)) for b in spec["blocks"])
+        stem = spec["stem"]
+        return Architecture(
+            spec["resolution"], stem["out_channels"], stem["kernel"], stem["stride"], blocks
+        )
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"weights file {str(path)!r} describes no MCUNet in its metadata "
+            f"(`architecture`: {error!r})"
+        ) from None
+
+
+def _to_linen(tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+    params: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        *modules, leaf = name.replace("blocks.", "blocks_").split(".")
+        if modules == ["classifier"]:
+            continue
+        node = params
+        for module in modules:
+            node = node.setdefault(module, {})
+        # OIHW -> HWIO; a depthwise (C, 1, k, k) becomes (k, k, 1, C)
+        node["kernel" if leaf == "weight" else leaf] = (
+            np.ascontiguousarray(tensor.transpose(2, 3, 1, 0)) if leaf == "weight" else tensor
+        )
+    return params
+
+
+def _check_shapes(architecture: Architecture, params: dict[str, Any], path: str | Path) -> None:
+    """The parameters are exactly those that the architecture asks for."""
+    side = architecture.resolution
+    expected = jax.eval_shape(
+        MCUNet(architecture).init, jax.random.key(0), jax.ShapeDtypeStruct((1, side, side, 3), "f4")
+    )["params"]
+
+    def described(tree):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {
+            (jax.tree_util.keystr(key, simple=True, separator="/"), leaf.shape, str(leaf.dtype))
+            for key, leaf in leaves
+        }
+
+    wrong = described(expected) ^ described(params)
+    if wrong:
+        raise ValueError(
+            f"weights file {str(path)!r} does not fit its architecture, first at "
+            f"{min(wrong)} of {len(wrong)} differences"
+        )

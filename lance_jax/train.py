@@ -1,0 +1,364 @@
+"""Fine-tunes one network by several methods that differ in nothing but what they train and keep."""
+
+import itertools
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lance_jax
+from lance_jax import data, metrics
+from lance_jax.factors import CORE_DTYPES
+from lance_jax.loop import ApplyFn, Config, Examples, Fitted, fit, for_device, loss_of
+from lance_jax.models import digits, mcunet
+
+METHODS = ("head", "bias", "backprop", "lance")
+MODES = ("paper", "none", "batch", "height", "width", "channel", "patch")
+PREFIX_BATCH = 32  # pictures at a time through the frozen prefix
+# what may change between two runs in one working directory; anything else changes the results
+FREE_FIELDS = ("method", "cache_dir", "data_dir", "weights")
+
+
+class Problem(NamedTuple):
+    """What all methods share: logits = apply_fn(params, inputs), and the examples.
+
+    The inputs are the frozen prefix's features; `network` is the whole of it, from pictures on,
+    with the shapes of its parameters and of one picture.
+    """
+
+    apply_fn: ApplyFn
+    params: Any
+    layers: list[str]  # paths of the trainable convolutions, such as "blocks_12/conv1"
+    train: Examples
+    evaluation: Examples
+    network: tuple[ApplyFn, Any, tuple[int, ...]]
+
+
+def compare(config: Config, workdir: str | Path) -> list[dict[str, Any]]:
+    """Runs every method of `config.method` under `workdir` and prints the comparison."""
+    check(config, workdir)
+    problem = prepare(config, workdir)
+    results = [run(config, workdir, method, problem) for method in names(config.method)]
+    metrics.show_table(results)
+    return results
+
+
+def run(
+    config: Config, workdir: str | Path, method: str, problem: Problem | None = None
+) -> dict[str, Any]:
+    """Trains and evaluates one method; writes and returns WORKDIR/METHOD/result.json.
+
+    A run that was stopped goes on from its last checkpoint, with the numbers of one that was not.
+    `problem` is what `prepare` gives, where several methods share it.
+    """
+    check(config, workdir)
+    problem = prepare(config, workdir) if problem is None else problem
+    directory = Path(workdir) / method
+    fitted = fit_method(config, problem, method, directory)
+    saved, saved_backprop = saved_bytes(config, method, problem, fitted)
+    result = {
+        "config": config.to_dict(),
+        "method": method,
+        f"{config.eval_split}_accuracy": accuracy(problem, fitted.params, config.batch_size),
+        "loss": fitted.loss,
+        "saved_bytes": saved,
+        "saved_bytes_backprop": saved_backprop,
+        "step_seconds": metrics.spread(fitted.step_seconds),
+        "calibration_seconds": fitted.calibration_seconds if method == "lance" else None,
+        "ranks": {path: layer.ranks for path, layer in fitted.factors.items()},
+        "versions": versions(),
+        "device": device(),
+        "seed": config.seed,
+    }
+    metrics.write_atomically(directory / "result.json", json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def fit_method(config: Config, problem: Problem, method: str, directory: Path) -> Fitted:
+    """Trains one method in `directory`, or goes on there.
+
+    LANCE is compressed with its factors, head and bias with none, which packs their masks; backprop
+    is plain JAX.
+    """
+    calibrate = {"backprop": None, "lance": calibration(config, problem)}
+    learning_rate = config.learning_rate[method]
+    try:
+        return fit(
+            problem.apply_fn,
+            problem.params,
+            problem.train,
+            config,
+            epochs=config.epochs,
+            learning_rate=learning_rate,
+            trainable=trainable_patterns(method, problem.layers),
+            calibrate=calibrate.get(method, lance_jax.Factors),
+            directory=directory,
+        )
+    except FloatingPointError as error:
+        raise FloatingPointError(
+            f"method {method}: {error}; try a lower config.learning_rate.{method} than "
+            f"{learning_rate} in another workdir. What was written before is in {str(directory)!r}"
+        ) from None
+
+
+def names(value: str | Sequence[str]) -> tuple[str, ...]:
+    """The names in "a,b" or ("a", "b")."""
+    parts = value.split(",") if isinstance(value, str) else value
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def check(config: Config, workdir: str | Path) -> None:
+    """ValueError for a setting or a working directory that cannot be; reads no data."""
+    methods = names(config.method)
+    allowed = {
+        "method": (METHODS, methods),
+        "model": (("digits", "mcunet"), [config.model]),
+        "eval_split": (("test", "validation"), [config.eval_split]),
+        "modes": (("", *MODES), names(config.modes)),
+        "core_dtype": (("", *filter(None, CORE_DTYPES)), [config.core_dtype]),
+    }
+    for field, (known, given) in allowed.items():
+        for value in given:
+            if value not in known:
+                raise ValueError(
+                    f"config.{field} is {value!r}; it must be one of {', '.join(map(repr, known))}"
+                )
+    if not methods:
+        raise ValueError(f"config.method is empty; give one or more of {','.join(METHODS)}")
+    for field in ("epochs", "batch_size", "log_every", "checkpoint_every", "calibration_batches"):
+        if config[field] < 1:
+            raise ValueError(f"config.{field} is {config[field]}; it must be at least 1")
+    if not 0 < config.energy <= 1:
+        raise ValueError(f"config.energy is {config.energy}; it must lie in (0, 1]")
+    _check_writable(workdir, "--workdir")
+    if config.get("cache_dir"):
+        _check_writable(config.cache_dir, "config.cache_dir")
+    _claim(config, Path(workdir))
+
+
+def _check_writable(directory: str | Path, setting: str) -> None:
+    try:
+        path = Path(directory).expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to {setting} {str(directory)!r}: {error.strerror}"
+        ) from None
+
+
+def _claim(config: Config, workdir: Path) -> None:
+    """Writes WORKDIR/config.json, or compares it: one working directory, one configuration."""
+    fixed = {name: value for name, value in config.to_dict().items() if name not in FREE_FIELDS}
+    path = workdir / "config.json"
+    if not path.exists():
+        metrics.write_atomically(path, json.dumps(fixed, indent=2) + "\n")
+    claimed = json.loads(path.read_text())
+    for name, value in json.loads(json.dumps(fixed)).items():
+        if claimed.get(name) != value:
+            raise ValueError(
+                f"--workdir {str(workdir)!r} holds a run with config.{name} = "
+                f"{claimed.get(name)!r}, not {value!r}; choose another directory"
+            )
+
+
+# The problem
+
+
+def prepare(config: Config, workdir: str | Path) -> Problem:
+    """Reads weights and pictures, and passes the pictures through the frozen prefix."""
+    classes = names(config.classes)
+    splits = ("train", "test") if config.eval_split == "test" else ("train",)
+    if config.model == "digits":
+        layers = digits.last_convolutions(config.trainable_layers)
+        pictures = {split: data.digits(split, classes) for split in splits}
+        network, params, cache_dir = digits.DigitsNet(), pretrain_digits(config, workdir), ""
+    else:
+        architecture, params = mcunet.load(config.weights)
+        layers = mcunet.last_pointwise(architecture, config.trainable_layers)
+        side = architecture.resolution
+        pictures = {
+            split: data.tfds_pictures(config.dataset, config.data_dir, split, side, classes)
+            for split in splits
+        }
+        network, cache_dir = mcunet.MCUNet(architecture), config.cache_dir
+    first_block = layers[0][0]
+    prefix = network.clone(stop=first_block)
+    train, evaluation = examples(config, prefix, params, pictures, cache_dir)
+    suffix = network.clone(start=first_block, classes=len(pictures["train"].classes))
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    initial = jax.eval_shape(suffix.init, key, train.inputs[0, :1])["params"]
+    params = {name: params[name] for name in initial if name != "head"}
+    params["head"] = jax.jit(lambda *args: suffix.init(*args)["params"]["head"])(
+        key, train.inputs[0, :1]
+    )
+    whole = network.clone(classes=suffix.classes)
+    picture = pictures["train"].read([0]).shape[1:]
+    shapes = jax.eval_shape(whole.init, key, jax.ShapeDtypeStruct((1, *picture), jnp.float32))
+    return Problem(
+        apply_fn=lambda params, inputs: suffix.apply({"params": params}, inputs),
+        params=jax.tree.map(jnp.asarray, params),
+        layers=[f"blocks_{block}/{name}" for block, name in layers],
+        train=train,
+        evaluation=evaluation,
+        network=(
+            lambda params, inputs: whole.apply({"params": params}, inputs),
+            shapes["params"],
+            picture,
+        ),
+    )
+
+
+def examples(
+    config: Config,
+    prefix: nn.Module,
+    params: dict[str, Any],
+    pictures: dict[str, data.Pictures],
+    cache_dir: str,
+) -> tuple[Examples, Examples]:
+    """Training and evaluation examples: the pictures' frozen features."""
+    side, channels = pictures["train"].side, pictures["train"].read([0]).shape[-1]
+    shape = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
+    used = jax.eval_shape(prefix.init, jax.random.key(0), shape)["params"]
+    frozen = {name: params[name] for name in sorted(used)}
+    forward = jax.jit(for_device(lambda frozen, images: prefix.apply({"params": frozen}, images)))
+
+    def features(split: str, flip: bool) -> Examples:
+        inputs = data.features(
+            lambda images: np.asarray(forward(frozen, images)),
+            pictures[split],
+            weights=[repr(prefix), *map(np.asarray, jax.tree.leaves(frozen))],
+            flip=flip,
+            batch_size=PREFIX_BATCH,
+            cache_dir=cache_dir,
+            track=metrics.track,
+        )
+        return Examples(inputs, pictures[split].labels)
+
+    train = features("train", config.flip)
+    if config.eval_split == "test":
+        return train, features("test", False)
+    parts = data.validation_split(train.labels, config.validation_fraction, config.seed)
+    kept, held_out = (Examples(train.inputs[:, i], train.labels[i]) for i in parts)
+    return kept, held_out
+
+
+def pretrain_digits(config: Config, workdir: str | Path) -> dict[str, Any]:
+    """Parameters of the whole digits network, trained on the classes of `config.pretrain`."""
+    classes = names(config.pretrain.classes)
+    pictures = data.digits("train", classes)
+    network = digits.DigitsNet(classes=len(classes))
+    images = pictures.read(range(len(pictures.labels)))
+    key = jax.random.fold_in(jax.random.key(config.seed), 0)
+    return fit(
+        lambda params, inputs: network.apply({"params": params}, inputs),
+        network.init(key, jnp.asarray(images[:1]))["params"],
+        Examples(images[None], pictures.labels),
+        config,
+        epochs=config.pretrain.epochs,
+        learning_rate=config.pretrain.learning_rate,
+        trainable=None,
+        calibrate=None,
+        directory=Path(workdir) / "pretrain",
+    ).params
+
+
+# The methods
+
+
+def trainable_patterns(method: str, layers: Sequence[str]) -> list[str]:
+    """Regular expressions of the parameters that a method trains, over paths in `params`."""
+    leaves = {"head": [], "bias": ["bias"]}.get(method, ["bias", "kernel"])
+    return ["^head/", *(f"^{layer}/{leaf}$" for layer in layers for leaf in leaves)]
+
+
+def calibration(config: Config, problem: Problem) -> Callable[[], lance_jax.Factors]:
+    """A function that gives LANCE's factors, from the first training batches, forward only.
+
+    Of the head's input, which is small, only the bits are cut.
+    """
+    modes = {"": None, "paper": "paper", "none": ()}.get(config.modes, names(config.modes))
+    core_dtype = config.core_dtype or None
+
+    def calibrate() -> lance_jax.Factors:
+        order = data.Loader(len(problem.train.labels), config.batch_size, config.seed)
+        batches = itertools.islice(order, config.calibration_batches)
+        factors = lance_jax.calibrate(
+            for_device(problem.apply_fn),
+            problem.params,
+            (jnp.asarray(problem.train.inputs[0, indices]) for indices in batches),
+            select=[f"^{layer}/" for layer in problem.layers],
+            energy=config.energy,
+            modes=modes,
+            core_dtype=core_dtype,
+        )
+        head = lance_jax.LayerFactors({}, core_dtype=core_dtype)
+        return lance_jax.Factors({**factors, "head/kernel": head}, factors.skipped)
+
+    return calibrate
+
+
+def saved_bytes(
+    config: Config, method: str, problem: Problem, fitted: Fitted
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes that a step keeps for its backward pass: the method's, and plain backprop's.
+
+    Counted for the whole network, by shapes: with cached features the first trained layer's input
+    is an argument, which costs plain backprop nothing. Plain backprop's is the fair figure of
+    `lance_jax.report`, for all the trainable layers.
+    """
+    apply_fn, params, picture = problem.network
+    size = config.batch_size
+    batch = (
+        jax.ShapeDtypeStruct((size, *picture), jnp.float32),
+        jax.ShapeDtypeStruct((size,), problem.train.labels.dtype),
+    )
+
+    def report(method: str) -> Any:
+        patterns = trainable_patterns(method, problem.layers)
+        loss = loss_of(apply_fn)
+        return lance_jax.report(loss, params, *batch, factors=fitted.factors, trainable=patterns)
+
+    def counts(saved: Any) -> dict[str, int]:
+        return {"layer_inputs": int(saved.layer_inputs), "total": int(saved.total)}
+
+    backprop = counts(report("backprop").saved_bytes_backprop)
+    return backprop if method == "backprop" else counts(report(method).saved_bytes), backprop
+
+
+def accuracy(problem: Problem, params: Any, batch_size: int) -> float:
+    """Share of the evaluation examples, unmirrored, that the network classifies rightly."""
+    inputs, labels = problem.evaluation
+    logits = for_device(problem.apply_fn)
+    predict = jax.jit(lambda params, inputs: jnp.argmax(logits(params, inputs), axis=-1))
+    n, right = len(labels), 0
+    for start in range(0, n, batch_size):
+        indices = np.arange(start, start + batch_size) % n  # a full last batch: no second compile
+        predicted = np.asarray(predict(params, jnp.asarray(inputs[0, indices])))
+        right += int((predicted == labels[indices])[: n - start].sum())
+    return right / n
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("lance_jax", "jax", "jaxlib", "flax", "optax", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"  # lance_jax, run from its folder
+    return found
+
+
+def device() -> str:
+    """The accelerator, or the CPU, that JAX computes on."""
+    return f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores"

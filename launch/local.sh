@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Runs the program on this machine, from a fresh virtual environment the first time:
+#   launch/local.sh [--config configs/X.py] [--workdir DIR] [--config.key=value ...]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+if [[ ! -d .venv ]]; then
+  "${PYTHON:-python3}" -m venv .venv
+  .venv/bin/pip install --quiet -e .
+fi
+exec .venv/bin/python -m lance_jax.main "$@"

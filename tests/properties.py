@@ -1,0 +1,187 @@
+"""What holds for every compressed layer, checked for one case of the table at a time."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+import reference
+from cases import PATH, Case
+from tolerances import assert_close
+
+import lance_jax
+
+
+class Plan(NamedTuple):
+    """What is kept of a case's input."""
+
+    bases: Mapping[str, np.ndarray]
+    mean: np.ndarray | None = None
+    core_dtype: str | None = None
+
+
+def factors(case: Case, plan: Plan) -> lance_jax.Factors:
+    """Factors of the case's one layer, in the dtype that calibration gives them."""
+    dtype = "float64" if case.dtype == "float64" else "float32"
+    bases = {mode: jnp.asarray(basis, dtype) for mode, basis in plan.bases.items()}
+    mean = None if plan.mean is None else jnp.asarray(plan.mean, dtype)
+    return lance_jax.Factors({PATH: lance_jax.LayerFactors(bases, mean, plan.core_dtype)})
+
+
+def assert_same_forward(case: Case, plan: Plan) -> None:
+    """Property 1: the compressed forward pass is bit-identical under jit."""
+    params, x, _ = case.tensors
+    fast = jax.jit(lance_jax.compress(case.apply, factors(case, plan)))(params, x)
+    plain = jax.jit(case.apply)(params, x)
+    assert fast.dtype == plain.dtype
+    assert np.asarray(fast).tobytes() == np.asarray(plain).tobytes()
+
+
+def quick_jit(function: Callable) -> Callable:
+    """jit without LLVM's optimisations, which take longer than what they speed up here."""
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(function, compiler_options=options)
+
+
+def gradients(case: Case, plans: Mapping[str, Plan]) -> dict[str, tuple[Any, jax.Array]]:
+    """(gradients of the parameters, dX) by plan, the factors a traced argument.
+
+    All plans are compiled together: compiling is what takes the time.
+    """
+
+    @quick_jit
+    def backward(all_factors, params, x, dy):
+        def one(fac):
+            return jax.vjp(lance_jax.compress(case.apply, fac), params, x)[1](dy)
+
+        return {name: one(fac) for name, fac in all_factors.items()}
+
+    return backward({name: factors(case, plan) for name, plan in plans.items()}, *case.tensors)
+
+
+def assert_gradients(case: Case, plans: Mapping[str, Plan]) -> dict[str, jax.Array]:
+    """Properties 2 and 4: dX and db of plain backprop, dW of plain backprop at X^.
+
+    Returns dW by plan.
+    """
+    params, x, dy = case.tensors
+    dws = {}
+    for name, (dparams, dx) in gradients(case, plans).items():
+        dw, db = dparams["layer"]["kernel"], dparams["layer"]["bias"]
+        assert (dw.dtype, db.dtype, dx.dtype) == (jnp.dtype(case.dtype),) * 3
+        axes = tuple(axis for axis, n in enumerate(db.shape) if n != dy.shape[axis])
+        exact = np.asarray(dy, np.float64).sum(axes, keepdims=True)
+        assert_close(db, exact, case.dtype, what=f"db with {name}")
+        exact = case.op.dinput(params["layer"]["kernel"], dy)
+        assert_close(dx, exact, case.dtype, what=f"dX with {name}")
+        _assert_dweight(case, plans[name], dw, f"dW with {name}")
+        dws[name] = dw
+    return dws
+
+
+def _assert_dweight(case: Case, plan: Plan, dw: jax.Array, what: str) -> None:
+    _, x, dy = case.tensors
+    used = factors(case, plan)[PATH]
+    bases = {mode: np.asarray(u, np.float64) for mode, u in used.bases.items()}
+    scale = np.abs(case.op.dweight(x, dy)).max()
+    errors = []
+    for nudge in (0, 1e-6, -1e-6) if plan.core_dtype else (0,):
+        expected = reference.dweight(case.op, x, dy, bases, used.mean, plan.core_dtype, nudge)
+        try:
+            assert_close(dw, expected, case.dtype, max(scale, np.abs(expected).max()), what)
+        except AssertionError as error:
+            errors.append(error)
+        else:
+            return
+    raise errors[0]
+
+
+def assert_projection(case: Case, basis: np.ndarray, dw: Any, mode: str) -> None:
+    """Property 5: a channel, patch or feature basis alone projects dW orthogonally."""
+    _, x, dy = case.tensors
+    plain = case.op.dweight(x, dy)
+    rows = rows_of(case, plain, mode)  # (groups, n, out)
+    projected = reference.projector(basis if basis.ndim == 3 else basis[None])
+    scale = np.abs(plain).max()
+    got = rows_of(case, np.asarray(dw, np.float64), mode)
+    assert_close(got, projected @ rows, case.dtype, scale, "U U^T dW")
+    inner, square = np.vdot(got, rows), np.vdot(got, got)
+    assert square > 0
+    assert_close(inner, square, case.dtype, np.vdot(rows, rows), "<dW, plain dW>")
+
+
+def rows_of(case: Case, dw: np.ndarray, mode: str) -> np.ndarray:
+    """dW as a matrix (groups, n, rest) whose rows are those of a mode's basis."""
+    op = case.op
+    if mode == "feature":
+        x, w, y = op.letters
+        contracted = [letter for letter in x if letter in w and letter not in y]
+        shared = [letter for letter in x if letter in w and letter in y]
+        order = [w.index(letter) for letter in contracted + shared]
+        order += [axis for axis, letter in enumerate(w) if letter not in contracted + shared]
+        return dw.transpose(order).reshape(1, op.modes["feature"], -1)
+    order = [op.layout[1].index(letter) for letter in op.spatial + "IO"]
+    dw = dw.transpose(order)
+    if mode == "channel":
+        return np.moveaxis(dw, -2, 0).reshape(1, op.modes["channel"], -1)
+    rows = dw.reshape(op.modes["patch"], op.groups, -1)
+    return np.moveaxis(rows, 1, 0)
+
+
+def held(case: Case, plan: Plan) -> list[tuple[tuple[int, ...], str]]:
+    """(shape, dtype) of all that lives for the backward pass but the weight and the factors."""
+    params, x, _ = case.tensors
+    fac = factors(case, plan)
+
+    def forward(params, x):
+        return jax.vjp(lance_jax.compress(case.apply, fac), params, x)[1]
+
+    leaves = jax.tree.leaves(jax.eval_shape(forward, params, x))
+    leaves = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
+    for known in (params["layer"]["kernel"], *jax.tree.leaves(fac)):
+        # The weight may be held transposed, a factor in its own dtype or in the activation's.
+        dtypes = (str(known.dtype), case.dtype)
+        same = [e for e in leaves if sorted(e[0]) == sorted(known.shape) and e[1] in dtypes]
+        leaves.remove(same[0])
+    return leaves
+
+
+def nbytes(leaves: list[tuple[tuple[int, ...], str]]) -> int:
+    return sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in leaves)
+
+
+def backward_sizes(apply, params: Any, x: Any) -> list[tuple[int, ...]]:
+    """The shapes of every value that the weight's backward pass reads or makes."""
+
+    def forward(params, x):
+        y, pull = jax.vjp(lambda params: apply(params, x), params)
+        return pull, y
+
+    pull, y = jax.eval_shape(forward, params, x)
+    jaxpr = jax.make_jaxpr(lambda pull, dy: pull(dy))(pull, y).jaxpr
+    shapes = [var.aval.shape for var in (*jaxpr.constvars, *jaxpr.invars)]
+    needed = {var for var in jaxpr.outvars if not isinstance(var, jax.extend.core.Literal)}
+    for eqn in reversed(jaxpr.eqns):  # dX is in there too, and is dropped when nobody asks for it
+        if needed.isdisjoint(eqn.outvars):
+            continue
+        needed |= {var for var in eqn.invars if not isinstance(var, jax.extend.core.Literal)}
+        inner = [var for body in bodies(eqn) for e in equations(body) for var in e.outvars]
+        shapes += [var.aval.shape for var in (*eqn.outvars, *inner)]
+    return shapes
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Every equation, those inside of bodies too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for body in bodies(eqn):
+            yield from equations(body)
+
+
+def bodies(eqn: Any) -> Iterator[Any]:
+    for leaf in jax.tree.leaves(dict(eqn.params), is_leaf=lambda v: hasattr(v, "eqns")):
+        if hasattr(leaf, "eqns"):
+            yield getattr(leaf, "jaxpr", leaf)

@@ -1,0 +1,180 @@
+"""The training loop on a small dense network."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+import lance_jax
+from lance_jax import checkpoint, loop
+
+SETTINGS = {
+    "seed": 0,
+    "batch_size": 4,
+    "momentum": 0.9,
+    "clip": 2.0,
+    "log_every": 2,
+    "checkpoint_every": 2,
+}
+STEPS = 5  # an epoch: windows of 2, 2 and 1
+
+
+def apply_fn(params, x):
+    hidden = jax.nn.relu(x @ params["body"]["kernel"] + params["body"]["bias"])
+    return hidden @ params["head"]["kernel"]
+
+
+def initial():
+    rng = np.random.default_rng(0)
+    params = {
+        "body": {"kernel": rng.normal(size=(6, 8)), "bias": rng.normal(size=8)},
+        "head": {"kernel": rng.normal(size=(8, 3))},
+    }
+    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
+
+
+def examples(views=1):
+    rng = np.random.default_rng(1)
+    inputs = rng.normal(size=(views, 22, 6)).astype(np.float32)
+    return loop.Examples(inputs, rng.integers(0, 3, 22).astype(np.int32))
+
+
+def calibrate():
+    batches = [jnp.asarray(examples().inputs[0, :4])]
+    return lance_jax.calibrate(apply_fn, initial(), batches, select="body", core_dtype="int8")
+
+
+def fit(directory, data=None, calibrate=calibrate, trainable=None, rate=0.1, epochs=3, **settings):
+    config = ml_collections.ConfigDict({**SETTINGS, **settings})
+    return loop.fit(
+        apply_fn,
+        initial(),
+        examples() if data is None else data,
+        config,
+        epochs=epochs,
+        learning_rate=rate,
+        trainable=trainable,
+        calibrate=calibrate,
+        directory=directory,
+    )
+
+
+def lines(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(lines):
+    return [{k: v for k, v in line.items() if k != "step_seconds"} for line in lines]
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_plain_training_is_sgd_with_clipping_momentum_and_a_cosine(tmp_path, exact_products):
+    """Two steps by hand, in float64."""
+    data = examples()
+    found = fit(tmp_path, calibrate=None, batch_size=11, epochs=1, clip=0.5)
+    order = np.random.default_rng((0, 0)).permutation(22)
+    params = jax.tree.map(lambda a: np.asarray(a, np.float64), initial())
+    velocity = jax.tree.map(np.zeros_like, params)
+    for step in range(2):
+        chosen = order[11 * step : 11 * (step + 1)]
+        x, y = data.inputs[0, chosen].astype(np.float64), data.labels[chosen]
+        hidden = np.maximum(x @ params["body"]["kernel"] + params["body"]["bias"], 0)
+        logits = hidden @ params["head"]["kernel"]
+        share = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        dlogits = (share - np.eye(3)[y]) / 11
+        dhidden = dlogits @ params["head"]["kernel"].T * (hidden > 0)
+        grads = {
+            "body": {"kernel": x.T @ dhidden, "bias": dhidden.sum(0)},
+            "head": {"kernel": hidden.T @ dlogits},
+        }
+        norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grads)))
+        assert norm > 0.5, "the gradient is clipped"
+        velocity = jax.tree.map(lambda v, g, n=norm: 0.9 * v + 0.5 * g / n, velocity, grads)
+        rate = 0.1 * 0.5 * (1 + np.cos(np.pi * step / 2))
+        params = jax.tree.map(lambda p, v, r=rate: p - r * v, params, velocity)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), found.params, params)
+
+
+def test_windows_end_with_their_epoch(tmp_path):
+    found = fit(tmp_path)
+    log = lines(tmp_path)
+    assert [line["step"] for line in log] == [2, 4, 5, 7, 9, 10, 12, 14, 15]
+    assert [line["steps"] for line in log] == [2, 2, 1] * 3
+    assert [line["epoch"] for line in log] == [0] * 3 + [1] * 3 + [2] * 3
+    last = sum(line["loss"] * line["steps"] for line in log[-3:]) / STEPS
+    assert found.loss == pytest.approx(last) and found.loss < log[0]["loss"]
+    rates = [line["learning_rate"] for line in log]
+    assert rates == sorted(rates, reverse=True) and rates[-1] > 0
+    assert len(found.step_seconds) == 15 - loop.WARM_UP_STEPS
+    assert found.calibration_seconds > 0
+
+
+def test_only_what_is_trainable_changes(tmp_path):
+    found = fit(tmp_path, calibrate=lance_jax.Factors, trainable=["^head/"]).params
+    assert_equal(found["body"], initial()["body"])
+    assert np.any(found["head"]["kernel"] != initial()["head"]["kernel"])
+
+
+def test_views_are_drawn_at_random(tmp_path):
+    one = examples()
+    same = loop.Examples(np.repeat(one.inputs, 2, axis=0), one.labels)
+    plain = fit(tmp_path / "plain").params
+    assert_equal(fit(tmp_path / "same", same).params, plain)
+    first, second = (
+        loop.Examples(np.stack(views), one.labels)
+        for views in ((one.inputs[0], -one.inputs[0]), (-one.inputs[0], one.inputs[0]))
+    )
+    runs = [fit(tmp_path / str(i), data).params for i, data in enumerate((first, second))]
+    kernels = [run["body"]["kernel"] for run in (plain, *runs)]
+    assert all(np.any(a != b) for a, b in zip(kernels, [*kernels[1:], kernels[0]], strict=True))
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("saves", [1, 2, 3, 5])
+def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, monkeypatch, saves, when):
+    """Stopped just before and just after the checkpoint number `saves` (the first is step 0)."""
+    whole = fit(tmp_path / "whole", examples(views=2))
+    save, count = checkpoint.Checkpoints.save, 0
+
+    def killing_save(self, now):
+        nonlocal count
+        count += 1
+        if count == saves and when == "before":
+            raise Killed
+        save(self, now)
+        if count == saves:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoint.Checkpoints, "save", killing_save)
+        fit(tmp_path / "stopped", examples(views=2))
+    stopped = fit(tmp_path / "stopped", examples(views=2))
+    assert_equal(stopped.params, whole.params)
+    assert_equal(dict(stopped.factors), dict(whole.factors))
+    assert stopped.loss == whole.loss
+    assert without_times(lines(tmp_path / "stopped")) == without_times(lines(tmp_path / "whole"))
+    again = fit(tmp_path / "stopped", examples(views=2))
+    assert_equal(again.params, whole.params)
+    assert again.loss == whole.loss
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, value):
+    """The picture of the 9th step is bad: windows before are kept, and the step is named."""
+    data = examples()
+    order = np.random.default_rng((0, 1)).permutation(22)
+    data.inputs[0, order[13]] = value
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 9 \(epoch 1\)"):
+        fit(tmp_path, data, calibrate=None)
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4, 5, 7]
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4", "7"}

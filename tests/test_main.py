@@ -1,0 +1,128 @@
+"""The command line, in processes of its own: bad input, and death at any moment."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CIFAR10 = ["--config", "configs/cifar10.py"]
+SHARED = ROOT.parent / "shared" / "data"
+
+
+def start(*arguments, **options):
+    command = [sys.executable, "-m", "lance_jax.main", *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, **options)
+
+
+def run(*arguments):
+    process = start(*arguments)
+    out, err = process.communicate()
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.lerning_rate.head=1"], 'Did you mean "learning_rate"'),
+        (["--config.epoch=1"], 'Did you mean "epochs"'),
+        (["--config.epochs=many"], "--config.epochs=many"),
+        (["--config", "configs/no.py"], "configs/no.py"),
+        (["epochs=3"], "'epochs=3' is no flag"),
+        (["--config.method=lanse"], "config.method is 'lanse'; it must be one of"),
+        ([*CIFAR10, "--config.weights=no.safetensors"], "'no.safetensors' does not exist"),
+        ([*CIFAR10, "--config.weights=README.md"], "not a safetensors file"),
+    ],
+)
+def test_bad_input_is_one_line_and_a_failure(tmp_path, arguments, message):
+    code, out, err = run("--workdir", tmp_path / "run", *arguments)
+    assert code != 0
+    assert message in err and "Traceback" not in err
+    assert err.count("\n") <= 2 and not out
+
+
+@pytest.mark.parametrize("setting", ["--workdir", "--config.cache_dir"])
+def test_an_unwritable_directory(tmp_path, setting):
+    (tmp_path / "file").write_text("")
+    places = {"--workdir": tmp_path / "run", setting: tmp_path / "file" / "below"}
+    flags = [f"{name}={place}" for name, place in places.items()]
+    code, out, err = run(*CIFAR10, *flags)
+    assert code != 0 and not out
+    name = setting.replace("--config", "config")
+    assert f"cannot write to {name} '{places[setting]}'" in err and err.count("\n") == 1
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data_dir": "nowhere"}, "'cifar10' is not prepared in data_dir 'nowhere'"),
+        ({"classes": "cat,dogg"}, "unknown class 'dogg' in data set 'cifar10': did you mean dog"),
+    ],
+)
+def test_bad_data(tmp_path, changes, message):
+    given = {
+        "data_dir": SHARED / "tfds",
+        "weights": SHARED / "weights" / "mcunet-5fps.safetensors",
+        **changes,
+    }
+    flags = [f"--config.{name}={value}" for name, value in given.items()]
+    code, out, err = run(*CIFAR10, "--workdir", tmp_path, *flags)
+    assert code != 0 and not out
+    assert message in err and err.count("\n") == 1
+
+
+SMALL = [
+    "--config.method=lance",
+    "--config.epochs=8",
+    "--config.pretrain.epochs=2",
+    "--config.log_every=4",
+    "--config.checkpoint_every=1",
+    "--config.calibration_batches=2",
+]
+
+
+def lines(path):
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def kill_when(workdir, file, count):
+    """Runs until `file` under `workdir` has `count` lines, then kills the process."""
+    process = start("--workdir", workdir, *SMALL)
+    while process.poll() is None and lines(workdir / file) < count:
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
+
+
+def without_times(record):
+    times = ("step_seconds", "calibration_seconds")
+    return {name: value for name, value in record.items() if name not in times}
+
+
+def outcome(workdir):
+    found = {}
+    for directory in ("pretrain", "lance"):
+        log = (workdir / directory / "metrics.jsonl").read_text().splitlines()
+        found[directory] = [without_times(json.loads(line)) for line in log]
+    return found, without_times(json.loads((workdir / "lance" / "result.json").read_text()))
+
+
+def test_killed_runs_end_with_the_same_numbers(tmp_path):
+    code, out, err = run("--workdir", tmp_path / "whole", *SMALL)
+    assert code == 0, err
+    assert "lance" in out and "of backprop" in out
+
+    workdir = tmp_path / "killed"
+    kill_when(workdir, "pretrain/metrics.jsonl", 1)
+    kill_when(workdir, "lance/metrics.jsonl", 3)
+    code, out, err = run("--workdir", workdir, *SMALL)
+    assert code == 0, err
+    assert outcome(workdir) == outcome(tmp_path / "whole")

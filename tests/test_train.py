@@ -1,0 +1,215 @@
+"""The comparison of methods, on a digits run made small."""
+
+import importlib
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lance_jax
+from lance_jax import data, loop, train
+
+KEYS = {
+    "config",
+    "method",
+    "test_accuracy",
+    "loss",
+    "saved_bytes",
+    "saved_bytes_backprop",
+    "step_seconds",
+    "calibration_seconds",
+    "ranks",
+    "versions",
+    "device",
+    "seed",
+}
+
+
+def settings(name="digits", **changes):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    small = {"epochs": 1, "calibration_batches": 2, "checkpoint_every": 100}
+    config.update({**small, **changes})
+    return config
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A problem that these tests share: (config, workdir, problem)."""
+    config, workdir = settings(pretrain={"epochs": 1}), tmp_path_factory.mktemp("small")
+    return config, workdir, train.prepare(config, workdir)
+
+
+@pytest.fixture(scope="module")
+def results(small):
+    """A result and the trained parameters of every method."""
+    config, workdir, problem = small
+    return {
+        method: (
+            train.run(config, workdir, method, problem),
+            train.fit_method(config, problem, method, workdir / method).params,
+        )
+        for method in train.METHODS
+    }
+
+
+def changed(params, start):
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for (path, leaf), before in zip(leaves, jax.tree.leaves(start), strict=True)
+        if np.any(leaf != before)
+    }
+
+
+def test_methods_train_what_they_say(results, small):
+    """From the same start, the head alone, with the biases, and all of the last layers."""
+    _, _, problem = small
+    head = {"head/kernel", "head/bias"}
+    biases = {f"{layer}/bias" for layer in problem.layers}
+    kernels = {f"{layer}/kernel" for layer in problem.layers}
+    assert len(kernels) == 4
+    trained = {name: changed(params, problem.params) for name, (_, params) in results.items()}
+    assert trained == {
+        "head": head,
+        "bias": head | biases,
+        "backprop": head | biases | kernels,
+        "lance": head | biases | kernels,
+    }
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+def test_result_file(results, small, method):
+    config, workdir, _ = small
+    result, _ = results[method]
+    assert json.loads((workdir / method / "result.json").read_text()) == result
+    assert set(result) == KEYS
+    assert result["method"] == method and result["seed"] == 0
+    assert result["config"] == config.to_dict()
+    assert 0 <= result["test_accuracy"] <= 1 and result["loss"] > 0
+    assert set(result["saved_bytes"]) == set(result["saved_bytes_backprop"])
+    times = result["step_seconds"]
+    assert 0 < times["min"] <= times["median"] <= times["max"]
+    assert (result["calibration_seconds"] is not None) == (method == "lance")
+    assert set(result["ranks"]) == (
+        {f"blocks_{i}/conv{j}/kernel" for i in (2, 3) for j in (1, 2)}
+        if method == "lance"
+        else set()
+    )
+
+
+def test_accuracy_is_that_of_the_plain_network(results, small):
+    _, _, problem = small
+    result, params = results["lance"]
+    x, y = problem.evaluation
+    predicted = jnp.argmax(jax.jit(problem.apply_fn)(params, x[0]), axis=-1)
+    assert result["test_accuracy"] == np.mean(np.asarray(predicted) == y)
+
+
+def test_bytes_are_ordered_and_those_that_a_step_really_keeps(results, small):
+    config, workdir, problem = small
+    total = {method: result["saved_bytes"]["total"] for method, (result, _) in results.items()}
+    assert total["head"] < total["bias"] < total["lance"] < total["backprop"] / 8
+    plain = {result["saved_bytes_backprop"]["total"] for result, _ in results.values()}
+    assert plain == {total["backprop"]}
+    params = problem.params
+    size = config.batch_size
+    batch = jnp.asarray(problem.train.inputs[0, :size]), jnp.asarray(problem.train.labels[:size])
+    for method in ("head", "bias", "lance"):
+        factors = train.fit_method(config, problem, method, workdir / method).factors
+        step = lance_jax.value_and_grad(
+            loop.loss_of(loop.for_device(lance_jax.compress(problem.apply_fn, factors))),
+            trainable=train.trainable_patterns(method, problem.layers),
+        )
+        _, saved = step.forward(params, *batch)
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(saved))
+        assert held == pytest.approx(total[method], rel=0.01), method
+
+
+@pytest.mark.parametrize(
+    ("changes", "modes"),
+    [
+        ({"modes": "paper", "core_dtype": ""}, {"batch", "channel", "height", "width"}),
+        ({"modes": "none"}, set()),
+        ({"modes": "channel, height"}, {"channel", "height"}),
+    ],
+)
+def test_modes_of_the_config(small, tmp_path, changes, modes):
+    _, _, problem = small
+    result = train.run(settings(**changes), tmp_path, "lance", problem)
+    assert len(result["ranks"]) == 4
+    assert all(set(ranks) == modes for ranks in result["ranks"].values())
+
+
+def test_validation_split_leaves_the_test_pictures_alone(small, tmp_path, monkeypatch):
+    """The held-out pictures are training pictures, and nothing is called a test accuracy."""
+    read = data.digits
+
+    def train_only(split, classes=()):
+        assert split == "train"
+        return read(split, classes)
+
+    monkeypatch.setattr(data, "digits", train_only)
+    config = settings(eval_split="validation", pretrain={"epochs": 1})
+    problem = train.prepare(config, tmp_path)
+    kept, held_out = problem.train, problem.evaluation
+    _, _, whole = small
+    assert len(kept.labels) + len(held_out.labels) == len(whole.train.labels)
+    assert len(held_out.labels) == pytest.approx(0.2 * len(whole.train.labels), abs=1)
+    result = train.run(config, tmp_path, "head", problem)
+    assert set(result) == KEYS - {"test_accuracy"} | {"validation_accuracy"}
+
+
+def test_one_working_directory_has_one_configuration(tmp_path):
+    train.check(settings(), tmp_path)
+    train.check(settings(method="head"), tmp_path)
+    with pytest.raises(ValueError, match=r"run with config.energy = 0.9, not 0.8; choose another"):
+        train.check(settings(energy=0.8), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "lanse"}, "config.method is 'lanse'; it must be one of 'head', 'bias'"),
+        ({"method": "head,,backpro"}, "config.method is 'backpro'"),
+        ({"method": ""}, "config.method is empty"),
+        ({"model": "resnet"}, "config.model is 'resnet'"),
+        ({"eval_split": "tset"}, "config.eval_split is 'tset'"),
+        ({"core_dtype": "int3"}, "config.core_dtype is 'int3'; .*'int4'"),
+        ({"energy": 1.5}, "config.energy is 1.5"),
+        ({"batch_size": 0}, "config.batch_size is 0; it must be at least 1"),
+        ({"epochs": 0}, "config.epochs is 0"),
+        ({"classes": "5,six"}, "unknown class 'six' in data set 'digits'"),
+        ({"trainable_layers": 9}, "trainable_layers is 9"),
+        ({"modes": "channels"}, "config.modes is 'channels'; it must be one of .*'channel'"),
+        ({"batch_size": 5000}, "batch_size is 5000; it must be 1 to"),
+    ],
+)
+def test_bad_settings_are_told_at_once(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        train.compare(settings(**changes), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.rglob("metrics.jsonl")), "nothing was trained before"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "weights file 'mcunet-5fps.safetensors' does not exist; give --config.weights="),
+        ({"method": "bias", "weights": __file__}, "is not a safetensors file"),
+    ],
+)
+def test_bad_weights_are_told_at_once(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train.compare(settings("cifar10", **changes), tmp_path)
+
+
+def test_a_diverging_run_names_method_step_and_rate(small, tmp_path):
+    _, _, problem = small
+    config = settings(learning_rate={"backprop": 1e30})
+    with pytest.raises(
+        FloatingPointError, match=r"method backprop: the loss is .* at step \d+ .*e\+?30"
+    ):
+        train.run(config, tmp_path, "backprop", problem)
