@@ -55,7 +55,7 @@ def cosines(config, problem, factors, params) -> dict[str, float]:
     """Path of each layer -> cosine of its kernel's two gradients, mean over `BATCHES` batches."""
     trainable = train.trainable_patterns("lance", problem.layers)
     plain, fast = (
-        lance_jax.value_and_grad(loop.loss_of(apply_fn), trainable=trainable)
+        lance_jax.value_and_grad(loop.loss_of(loop.for_device(apply_fn)), trainable=trainable)
         for apply_fn in (problem.apply_fn, lance_jax.compress(problem.apply_fn, factors))
     )
     found = {layer: [] for layer in problem.layers}

@@ -90,6 +90,7 @@ def calibrate(
       ValueError: for bad arguments, no batches, nothing selected, or activations that are all
         zero or not finite.
     """
+    modes = modes if modes is None or isinstance(modes, str) else tuple(modes)
     energy = _energy(energy, modes)
     _check_modes_and_dtype(modes, core_dtype)
     first, rest = _first(batches)
@@ -101,10 +102,10 @@ def calibrate(
     layers = {}
     for path, sums in total.items():
         use = found.uses[path][0]
+        _check_finite(path, sums)
         mean = None
         if center:
             sums, mean = _centred(sums, use)
-        _check_finite(path, sums, mean)
         dtype = accumulator(use.x.dtype)
         bases = {mode: jnp.asarray(_basis(gram, energy), dtype) for mode, gram in sums.items()}
         layers[path] = LayerFactors(bases, mean, core_dtype)
@@ -334,11 +335,10 @@ def _centred(sums: dict[str, np.ndarray], use: Use) -> tuple[dict[str, np.ndarra
     return sums, mean.astype(accumulator(use.x.dtype))
 
 
-def _check_finite(path: str, grams: dict[str, np.ndarray], mean: jax.Array | None) -> None:
-    arrays = [*grams.values(), *([] if mean is None else [np.asarray(mean)])]
-    if not all(np.isfinite(a).all() for a in arrays):
+def _check_finite(path: str, sums: dict[str, np.ndarray]) -> None:
+    if not all(np.isfinite(total).all() for total in sums.values()):
         raise ValueError(f"the input of {path!r} holds NaN or Inf in the calibration batches")
-    if not all(g.any() for g in grams.values()):
+    if not all(total.any() for mode, total in sums.items() if mode != _SUM):
         raise ValueError(f"the input of {path!r} is all zero in the calibration batches")
 
 

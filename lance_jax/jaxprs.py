@@ -262,7 +262,9 @@ def _plan_bodies(eqn, inner, operands, rule, trips):
 def _result(eqn: Eqn, operands: list[Ref | None]) -> Ref | None:
     """What an equation's result is made of: data with a parameter is data."""
     refs = [ref for ref in operands if ref is not None]
-    if len(refs) < len(operands):
+    # A slice of a parameter is one wherever its indices come from.
+    sliced = eqn.primitive is lax.dynamic_slice_p and operands[0] is not None
+    if len(refs) < len(operands) and not sliced:
         return None
     if is_view(eqn):
         return refs[0]

@@ -17,14 +17,9 @@ def mode_product(x: jax.Array, matrix: jax.Array, axis: int, precision: Any = No
 
     Accumulates in at least float32 and returns x's dtype.
     """
-    matrix = matrix.astype(x.dtype)
-    if axis == x.ndim - 1:
-        dims = (((axis,), (0,)), ((), ()))
-        out = lax.dot_general(x, matrix, dims, precision, accumulator(x.dtype))
-        return out.astype(x.dtype)
-    dims = (((0,), (axis,)), ((), ()))
-    out = lax.dot_general(matrix, x, dims, precision, accumulator(x.dtype))
-    return jnp.moveaxis(out.astype(x.dtype), 0, axis)
+    dims = (((axis,), (0,)), ((), ()))
+    out = lax.dot_general(x, matrix.astype(x.dtype), dims, precision, accumulator(x.dtype))
+    return jnp.moveaxis(out.astype(x.dtype), -1, axis)
 
 
 def accumulator(dtype: Any) -> Any:

@@ -264,5 +264,6 @@ def _unpack(packed: jax.Array, count: int, shape: tuple[int, ...]) -> jax.Array:
 def _rows(index: jax.Array, per_byte: int) -> jax.Array:
     """As a matrix whose rows are packed: samples, where that is needed or wastes nothing."""
     sharded = any(axis is not None for axis in jax.typeof(index).sharding.spec)
-    by_sample = sharded or index[0].size % per_byte == 0
-    return index.reshape(len(index), -1) if by_sample else index.reshape(1, -1)
+    by_sample = sharded or math.prod(index.shape[1:]) % per_byte == 0
+    rows = len(index) if by_sample and index.size else 1
+    return index.reshape(rows, index.size // rows)

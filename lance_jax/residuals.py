@@ -1,6 +1,7 @@
 """What lives from the forward to the backward phase, once and without what is at hand anyway."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -64,9 +65,10 @@ def _origins(jaxpr: Any, inputs: Sequence[Origin], level: int) -> dict[Any, Orig
     def read(atom):
         return env[atom] if _is_var(atom) else Origin(atom)
 
+    read_by_equations = {v for eqn in jaxpr.eqns for v in eqn.invars if _is_var(v)}
     for eqn in jaxpr.eqns:
         operands = [read(v) for v in eqn.invars]
-        if _lays_out(eqn) and not isinstance(eqn.invars[0], Literal):
+        if _lays_out(eqn):
             source = operands[0]
             views = (*source.views, (eqn, source.level))
             env[eqn.outvars[0]] = dataclasses.replace(source, views=views)
@@ -74,6 +76,8 @@ def _origins(jaxpr: Any, inputs: Sequence[Origin], level: int) -> dict[Any, Orig
             env.update(_through_jit(eqn, operands, level))
         elif eqn.primitive is prims.scan_p:
             env.update(_through_scan(eqn, operands, level))
+        elif eqn.primitive is prims.cond_p:
+            env.update(_through_cond(eqn, operands, level, read_by_equations))
         else:
             env.update({v: Origin(v, level=level) for v in eqn.outvars})
     return env
@@ -92,6 +96,45 @@ def _through_jit(eqn: Any, operands: list[Origin], level: int) -> dict[Any, Orig
         else:  # made inside: the first result that holds it stands for it
             outs[outer] = first.setdefault(origin.key(), Origin(outer, level=level))
     return outs
+
+
+def _through_cond(
+    eqn: Any, operands: list[Origin], level: int, read_by_equations: set[Any]
+) -> dict[Any, Origin]:
+    """A result that no equation reads is what one branch keeps for its own backward pass.
+
+    jax gives it no value in the other branches, so that it may be taken as set in all of them.
+    """
+    visible = {origin.root for origin in operands if _is_var(origin.root)}
+    branches = [(b, _origins(b, operands[1:], level)) for b in jaxprs.bodies(eqn)]
+    outs = {}
+    for i, outer in enumerate(eqn.outvars):
+        outs[outer] = Origin(outer, level=level)
+        set_in = []
+        for body, inner in branches:
+            origin = inner[body.outvars[i]] if _is_var(body.outvars[i]) else None
+            if origin is None or not _is_var(origin.root) or origin.root not in _unset(body):
+                set_in.append(origin)
+        if len(set_in) == 1 and set_in[0] and set_in[0].root in visible:
+            outs[outer] = outs[outer] if outer in read_by_equations else set_in[0]
+    return outs
+
+
+def _unset(jaxpr: Any) -> set[Any]:
+    """The scalars without a value, with which jax fills in for what other branches keep."""
+    return {v for eqn in jaxpr.eqns if eqn.primitive in _placeholders() for v in eqn.outvars}
+
+
+@functools.cache
+def _placeholders() -> set[Any]:
+    """The primitives that make them, which have no public name: read off a small branch."""
+
+    def small(p, x):
+        return jax.vjp(lambda x: lax.cond(p, jnp.sin, lambda x: x, x), x)[1]
+
+    eqns = jax.make_jaxpr(small)(True, 1.0).jaxpr.eqns
+    inside = [e for eqn in eqns for body in jaxprs.bodies(eqn) for e in body.eqns]
+    return {eqn.primitive for eqn in inside if not eqn.invars}
 
 
 def _through_scan(eqn: Any, operands: list[Origin], level: int) -> dict[Any, Origin]:
@@ -157,12 +200,14 @@ def _is_var(atom: Any) -> bool:
 class Kept:
     """The residuals of a forward jaxpr: what is kept, and how each is had back from it.
 
-    variables: kept, each once; recipes: for each residual its origin and where its root is found:
-    ("kept", i), ("input", i) or ("literal", value); None for a residual that no gradient needs.
+    variables: kept, each once; recipes: for each residual its origin, or None if no gradient needs
+    it; again: equations on inputs alone that are done again, and the variables they make.
     """
 
     variables: tuple[Any, ...]
-    recipes: tuple[Any, ...]
+    recipes: tuple[Origin | None, ...]
+    inputs: tuple[Any, ...]
+    again: tuple[tuple[Any, ...], tuple[Any, ...]]
 
     @property
     def nbytes(self) -> int:
@@ -170,44 +215,75 @@ class Kept:
 
     def restore(self, kept: Sequence[Any], inputs: Sequence[Any], like: Sequence[Any]) -> list[Any]:
         """All residuals again; one that no gradient needs is zeros, and falls away in XLA."""
-        values = []
-        for recipe, aval in zip(self.recipes, like, strict=True):
+        known = dict(zip(self.inputs, inputs, strict=True))
+        known |= dict(zip(self.variables, kept, strict=True))
+        eqns, made = self.again
+        known |= dict(zip(made, jaxprs.run_eqns(eqns, self.inputs, made, inputs), strict=True))
+
+        def value(recipe, aval):
             if recipe is None:
-                values.append(jnp.zeros(aval.shape, aval.dtype))
-                continue
-            origin, (where, at) = recipe
-            root = {"kept": kept, "input": inputs}[where][at] if where != "literal" else at
-            values.append(origin.value(root))
-        return values
+                return jnp.zeros(aval.shape, aval.dtype)
+            return recipe.value(known[recipe.root] if _is_var(recipe.root) else recipe.root.val)
+
+        return [value(*pair) for pair in zip(self.recipes, like, strict=True)]
 
 
-def keep(jaxpr: Any, residuals: Sequence[Any], wanted: Sequence[bool]) -> Kept:
-    """Keep each residual once, and none that is an input of the jaxpr laid out anew."""
+def keep(jaxpr: Any, residuals: Sequence[Any], wanted: Sequence[bool], free: int) -> Kept:
+    """Keep each residual once, and none that can be had from the inputs.
+
+    An input laid out anew is not kept, nor what is computed from the first `free` inputs alone:
+    they are parameters and constants, and arithmetic among them counts as a parameter.
+    """
     known = origins(jaxpr)
-    inputs = {v: i for i, v in enumerate(jaxpr.invars)}
-    kept: dict[Any, int] = {}
+    again = _computed_from(jaxpr, jaxpr.invars[:free])
+    at_hand = {*jaxpr.invars, *(v for eqn in again for v in eqn.outvars)}
+    kept: dict[Any, None] = {}
     by_key: dict[Any, Any] = {}
 
     def recipe(var, may_keep_root):
         origin = known[var] if _is_var(var) else Origin(var)
-        if isinstance(origin.root, Literal):
-            return origin, ("literal", origin.root.val)
-        if origin.root in inputs:
-            return origin, ("input", inputs[origin.root])
-        if origin.root in kept or (may_keep_root and nbytes(origin.root.aval) <= nbytes(var.aval)):
-            return origin, ("kept", kept.setdefault(origin.root, len(kept)))
+        root = origin.root
+        if not _is_var(root) or root in at_hand or root in kept:
+            return origin
+        if may_keep_root and nbytes(root.aval) <= nbytes(var.aval):
+            kept[root] = None
+            return origin
         if may_keep_root:
             return None
         var = by_key.setdefault(origin.key(), var)
-        return Origin(var), ("kept", kept.setdefault(var, len(kept)))
+        kept[var] = None
+        return Origin(var)
 
     # A view larger than its root is had back from it; a smaller one too, if the root is kept.
     first = [recipe(v, True) if use else None for v, use in zip(residuals, wanted, strict=True)]
-    recipes = [
+    recipes = tuple(
         done or (recipe(v, False) if use else None)
         for v, use, done in zip(residuals, wanted, first, strict=True)
-    ]
-    return Kept(tuple(kept), tuple(recipes))
+    )
+    roots = {recipe.root for recipe in recipes if recipe and _is_var(recipe.root)}
+    made = tuple(v for eqn in again for v in eqn.outvars if v in roots)
+    return Kept(tuple(kept), recipes, tuple(jaxpr.invars), (tuple(again), made))
+
+
+def _computed_from(jaxpr: Any, inputs: Sequence[Any]) -> list[Any]:
+    """The cheap equations that read nothing but these inputs and what they make of them.
+
+    Products and loops are not cheap: where the data is closed over, all the network would be done
+    again.
+    """
+    have, eqns = set(inputs), []
+    for eqn in jaxpr.eqns:
+        if _is_cheap(eqn) and all(v in have for v in eqn.invars if _is_var(v)):
+            have.update(eqn.outvars)
+            eqns.append(eqn)
+    return eqns
+
+
+def _is_cheap(eqn: Any) -> bool:
+    if eqn.effects or eqn.primitive in (lax.dot_general_p, lax.conv_general_dilated_p):
+        return False
+    inner = [e for body in jaxprs.bodies_in(eqn.params) for e in body.eqns]
+    return not inner or (eqn.primitive is prims.jit_p and all(map(_is_cheap, inner)))
 
 
 def nbytes(aval: Any) -> int:

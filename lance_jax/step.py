@@ -114,6 +114,9 @@ def _fill(params: Any, leaves: Sequence[Any]) -> Any:
 def choose(params: Any, trainable: Trainable) -> list[bool]:
     """For every leaf of params, whether it is trained."""
     leaves = leaves_with_path(params)
+    for path, leaf in leaves:
+        if isinstance(leaf, float | complex):
+            raise ValueError(f"parameter {path!r} is the Python number {leaf}; make it an array")
     floating = [jaxprs.is_array(x) and jnp.issubdtype(x.dtype, jnp.floating) for _, x in leaves]
     if trainable is None:
         chosen = floating
@@ -178,7 +181,7 @@ def trace_phases(
 
     back, back_consts = jaxprs.hoist_consts(jax.make_jaxpr(pulled_back)(leaves_like))
     wanted = residuals.needed(back, [True] * len(trained))[len(back_consts) :]
-    kept = residuals.keep(ahead, leaves, wanted)
+    kept = residuals.keep(ahead, leaves, wanted, len(consts) + len(used))
 
     @jax.jit
     def run_forward(consts, arrays):
@@ -196,9 +199,19 @@ def trace_phases(
         return ((value, aux) if has_aux else value), tuple(outs[count:])
 
     def backward(saved, arrays):
+        got, want = map(_shapes, (jax.tree.leaves(saved), kept.variables))
+        if got != want:
+            raise ValueError(
+                f"saved does not belong to these arguments: it holds {got}, and they need {want}"
+            )
         return run_backward(saved, consts, back_consts, arrays)
 
     return Phases(forward, backward, kept, consts)
+
+
+def _shapes(arrays: Sequence[Any]) -> str:
+    avals = [getattr(array, "aval", array) for array in arrays]
+    return ", ".join(f"{aval.dtype}{list(aval.shape)}" for aval in avals)
 
 
 def _struct(atom: Any) -> jax.ShapeDtypeStruct:

@@ -153,7 +153,10 @@ def find(traced: jaxprs.Traced) -> Found:
         return {}
 
     jaxprs.plan(traced.jaxpr, traced.refs, rule)
-    return Found(uses, Layers([_layer(path, group) for path, group in uses.items()], skipped))
+    return Found(
+        uses,
+        Layers([_layer(path, group) for path, group in uses.items()], [*dict.fromkeys(skipped)]),
+    )
 
 
 def _layer(path: str, uses: list[Use]) -> Layer:

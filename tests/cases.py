@@ -22,7 +22,7 @@ class Case:
     """A layer y = function(x, w) + b, its reference, and the dtype of all its tensors."""
 
     name: str
-    op: Conv | Dense
+    op: Any  # Conv | Dense
     function: Callable
     dtype: str = "float32"
 
@@ -76,7 +76,7 @@ def orthonormal(generator: np.random.Generator, *shape: int) -> np.ndarray:
     return np.linalg.qr(generator.normal(size=shape))[0]
 
 
-def bases(op: Conv | Dense, modes: tuple[str, ...], generator, share: float = 0.5) -> dict:
+def bases(op: Any, modes: tuple[str, ...], generator, share: float = 0.5) -> dict:
     """A random basis of `share` of the full rank for each mode."""
     drawn = {}
     for mode in modes:

@@ -141,6 +141,29 @@ def _predicate(x):
     return jnp.isfinite(x.sum())  # true, and the compiler cannot know
 
 
+def reference(bases, params, x):
+    """The plain network; its weight gradients are taken at the projected inputs."""
+    for i in range(BLOCKS):
+        layers = params[f"block{i}"]
+        of = {name: bases.get(f"block{i}/{name}/kernel", {}) for name in layers}
+        y = jax.nn.relu(_at_projection(conv, of["conv"], layers["conv"], x))
+        x = x + _at_projection(dense, of["dense"], layers["dense"], y)
+    return _at_projection(dense, bases.get("head/kernel", {}), params["head"], x.mean((1, 2)))
+
+
+def _at_projection(layer, bases, p, x):
+    """layer(p, x), differentiated for x as it is and for the kernel at x's projection."""
+    axes = {"height": 1, "width": 2, "channel": -1, "feature": -1}
+    z = x
+    for mode, u in bases.items():
+        z = jnp.moveaxis(jnp.tensordot(z, u @ u.T, (axes[mode], 0)), -1, axes[mode])
+    frozen, z = lax.stop_gradient((p["kernel"], z))
+    zero = jnp.zeros_like(p["bias"])
+    of_kernel = layer({"kernel": p["kernel"], "bias": zero}, z)
+    exact = layer({"kernel": frozen, "bias": p["bias"]}, x)
+    return exact + (of_kernel - lax.stop_gradient(of_kernel))
+
+
 # --- raw functions
 
 

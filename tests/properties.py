@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import reference
 from cases import PATH, Case
+from jax import lax
 from tolerances import assert_close
 
 import lance_jax
@@ -153,8 +154,15 @@ def nbytes(leaves: list[tuple[tuple[int, ...], str]]) -> int:
     return sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in leaves)
 
 
-def backward_sizes(apply, params: Any, x: Any) -> list[tuple[int, ...]]:
-    """The shapes of every value that the weight's backward pass reads or makes."""
+class Backward(NamedTuple):
+    """The weight's backward pass: the shapes of all it reads or makes, and its MACs."""
+
+    shapes: list[tuple[int, ...]]
+    macs: int
+
+
+def weight_backward(apply: Callable, params: Any, x: Any) -> Backward:
+    """Of the gradient of `params` alone, from its jaxpr."""
 
     def forward(params, x):
         y, pull = jax.vjp(lambda params: apply(params, x), params)
@@ -163,14 +171,51 @@ def backward_sizes(apply, params: Any, x: Any) -> list[tuple[int, ...]]:
     pull, y = jax.eval_shape(forward, params, x)
     jaxpr = jax.make_jaxpr(lambda pull, dy: pull(dy))(pull, y).jaxpr
     shapes = [var.aval.shape for var in (*jaxpr.constvars, *jaxpr.invars)]
+    macs = 0
     needed = {var for var in jaxpr.outvars if not isinstance(var, jax.extend.core.Literal)}
     for eqn in reversed(jaxpr.eqns):  # dX is in there too, and is dropped when nobody asks for it
         if needed.isdisjoint(eqn.outvars):
             continue
         needed |= {var for var in eqn.invars if not isinstance(var, jax.extend.core.Literal)}
-        inner = [var for body in bodies(eqn) for e in equations(body) for var in e.outvars]
-        shapes += [var.aval.shape for var in (*eqn.outvars, *inner)]
-    return shapes
+        for inner in (eqn, *(e for body in bodies(eqn) for e in equations(body))):
+            shapes += [var.aval.shape for var in inner.outvars]
+            macs += macs_of(inner)
+    return Backward(shapes, macs)
+
+
+def macs_of(eqn: Any) -> int:
+    """MACs of a product or convolution, 0 of any other equation."""
+    size = math.prod(eqn.outvars[0].aval.shape) if eqn.outvars else 0
+    if eqn.primitive is lax.dot_general_p:
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        return size * math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+    if eqn.primitive is lax.conv_general_dilated_p:
+        kernel = eqn.invars[1].aval
+        return size * kernel.size // kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+    return 0
+
+
+def assert_never_rebuilt(case: Case, plans: Mapping[str, Plan], cheaper: bool = True) -> None:
+    """No value in the weight's backward pass is the input's size, and dW is `cheaper`.
+
+    Where dy is smaller than the input nothing reaches the input's size at all; where it is larger,
+    what is made of dy may, but not in the input's own shape.
+    """
+    params, x, dy = case.tensors
+    plain = weight_backward(case.apply, params, x)
+    assert x.shape in plain.shapes  # or a rebuilt input would not be seen
+    for name, plan in plans.items():
+        fast = lance_jax.compress(case.apply, factors(case, plan))
+        backward = weight_backward(fast, params, x)
+        for shape in backward.shapes:
+            assert _axes(shape) != _axes(x.shape), name
+            assert math.prod(shape) < x.size or dy.size > x.size, (name, shape)
+        assert not cheaper or backward.macs < plain.macs, (name, backward.macs, plain.macs)
+
+
+def _axes(shape: tuple[int, ...]) -> list[int]:
+    """A shape whatever the order of its axes."""
+    return sorted(n for n in shape if n > 1)
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:

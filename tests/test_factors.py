@@ -60,9 +60,9 @@ def test_frozen():
     with pytest.raises(AttributeError):
         layer.other = 1
     with pytest.raises(TypeError):
-        layer.bases["channel"] = jnp.ones((8, 1))
+        layer.bases["channel"] = jnp.ones((8, 1))  # pyright: ignore
     with pytest.raises(TypeError):
-        fac["conv/kernel"] = layer
+        fac["conv/kernel"] = layer  # pyright: ignore
 
 
 def test_later_changes_to_the_dictionaries_do_not_reach_in():

@@ -104,8 +104,7 @@ def keras_network():
     rest = [v.value for v in model.non_trainable_variables]
 
     def apply_fn(params, x):
-        y, _ = model.stateless_call(params, rest, x, training=True)
-        return y
+        return model.stateless_call(params, rest, x, training=True)[0]
 
     # Keras gives its parameters as a list: the kernels are those of two and more dimensions.
     params = [v.value for v in model.trainable_variables]

@@ -13,6 +13,7 @@ PACKAGE = ROOT / "lance_jax"
 
 # A file imports only from files above it. A folder stands for all files in it.
 ORDER = [
+    "paths",
     "jaxprs",
     "factors",
     "hosvd",
@@ -21,6 +22,7 @@ ORDER = [
     "dense",
     "conv",
     "pointwise",
+    "lowering",
     "transform",
     "calibrate",
     "residuals",

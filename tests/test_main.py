@@ -1,4 +1,7 @@
-"""The command line, in processes of its own: bad input, and death at any moment."""
+"""The command line, in processes of its own: bad flags, and death at any moment.
+
+Bad settings are tested in test_train.py, without the cost of a process.
+"""
 
 import json
 import os
@@ -11,8 +14,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CIFAR10 = ["--config", "configs/cifar10.py"]
-SHARED = ROOT.parent / "shared" / "data"
 
 
 def start(*arguments, **options):
@@ -31,51 +32,17 @@ def run(*arguments):
     ("arguments", "message"),
     [
         (["--config.lerning_rate.head=1"], 'Did you mean "learning_rate"'),
-        (["--config.epoch=1"], 'Did you mean "epochs"'),
         (["--config.epochs=many"], "--config.epochs=many"),
         (["--config", "configs/no.py"], "configs/no.py"),
         (["epochs=3"], "'epochs=3' is no flag"),
-        (["--config.method=lanse"], "config.method is 'lanse'; it must be one of"),
-        ([*CIFAR10, "--config.weights=no.safetensors"], "'no.safetensors' does not exist"),
-        ([*CIFAR10, "--config.weights=README.md"], "not a safetensors file"),
+        (["--config", "configs/cifar10.py"], "'mcunet-5fps.safetensors' does not exist"),
     ],
 )
 def test_bad_input_is_one_line_and_a_failure(tmp_path, arguments, message):
     code, out, err = run("--workdir", tmp_path / "run", *arguments)
-    assert code != 0
+    assert code != 0 and not out
     assert message in err and "Traceback" not in err
-    assert err.count("\n") <= 2 and not out
-
-
-@pytest.mark.parametrize("setting", ["--workdir", "--config.cache_dir"])
-def test_an_unwritable_directory(tmp_path, setting):
-    (tmp_path / "file").write_text("")
-    places = {"--workdir": tmp_path / "run", setting: tmp_path / "file" / "below"}
-    flags = [f"{name}={place}" for name, place in places.items()]
-    code, out, err = run(*CIFAR10, *flags)
-    assert code != 0 and not out
-    name = setting.replace("--config", "config")
-    assert f"cannot write to {name} '{places[setting]}'" in err and err.count("\n") == 1
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data")
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"data_dir": "nowhere"}, "'cifar10' is not prepared in data_dir 'nowhere'"),
-        ({"classes": "cat,dogg"}, "unknown class 'dogg' in data set 'cifar10': did you mean dog"),
-    ],
-)
-def test_bad_data(tmp_path, changes, message):
-    given = {
-        "data_dir": SHARED / "tfds",
-        "weights": SHARED / "weights" / "mcunet-5fps.safetensors",
-        **changes,
-    }
-    flags = [f"--config.{name}={value}" for name, value in given.items()]
-    code, out, err = run(*CIFAR10, "--workdir", tmp_path, *flags)
-    assert code != 0 and not out
-    assert message in err and err.count("\n") == 1
+    assert err.count("\n") <= 2, "absl adds a line about --help"
 
 
 SMALL = [

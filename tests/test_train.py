@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ KEYS = {
     "device",
     "seed",
 }
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def settings(name="digits", **changes):
@@ -93,11 +96,8 @@ def test_result_file(results, small, method):
     times = result["step_seconds"]
     assert 0 < times["min"] <= times["median"] <= times["max"]
     assert (result["calibration_seconds"] is not None) == (method == "lance")
-    assert set(result["ranks"]) == (
-        {f"blocks_{i}/conv{j}/kernel" for i in (2, 3) for j in (1, 2)}
-        if method == "lance"
-        else set()
-    )
+    convolutions = {f"blocks_{i}/conv{j}/kernel" for i in (2, 3) for j in (1, 2)}
+    assert set(result["ranks"]) == ({*convolutions, "head/kernel"} if method == "lance" else set())
 
 
 def test_accuracy_is_that_of_the_plain_network(results, small):
@@ -131,7 +131,10 @@ def test_bytes_are_ordered_and_those_that_a_step_really_keeps(results, small):
 @pytest.mark.parametrize(
     ("changes", "modes"),
     [
-        ({"modes": "paper", "core_dtype": ""}, {"batch", "channel", "height", "width"}),
+        (
+            {"modes": "paper", "energy": 0.7, "core_dtype": ""},
+            {"batch", "channel", "height", "width"},
+        ),
         ({"modes": "none"}, set()),
         ({"modes": "channel, height"}, {"channel", "height"}),
     ],
@@ -139,8 +142,9 @@ def test_bytes_are_ordered_and_those_that_a_step_really_keeps(results, small):
 def test_modes_of_the_config(small, tmp_path, changes, modes):
     _, _, problem = small
     result = train.run(settings(**changes), tmp_path, "lance", problem)
-    assert len(result["ranks"]) == 4
-    assert all(set(ranks) == modes for ranks in result["ranks"].values())
+    ranks = result["ranks"]
+    assert ranks.pop("head/kernel") == {}, "the head keeps its whole input"
+    assert len(ranks) == 4 and all(set(found) == modes for found in ranks.values())
 
 
 def test_validation_split_leaves_the_test_pictures_alone(small, tmp_path, monkeypatch):
@@ -165,7 +169,8 @@ def test_validation_split_leaves_the_test_pictures_alone(small, tmp_path, monkey
 def test_one_working_directory_has_one_configuration(tmp_path):
     train.check(settings(), tmp_path)
     train.check(settings(method="head"), tmp_path)
-    with pytest.raises(ValueError, match=r"run with config.energy = 0.9, not 0.8; choose another"):
+    message = f"run with config.energy = {settings().energy}, not 0.8; choose another"
+    with pytest.raises(ValueError, match=message):
         train.check(settings(energy=0.8), tmp_path)
 
 
@@ -194,16 +199,46 @@ def test_bad_settings_are_told_at_once(tmp_path, changes, message):
     assert not list(tmp_path.rglob("metrics.jsonl")), "nothing was trained before"
 
 
+@pytest.mark.parametrize("setting", ["--workdir", "config.cache_dir"])
+def test_an_unwritable_directory_is_told_at_once(tmp_path, setting):
+    (tmp_path / "file").write_text("")
+    places = {"--workdir": tmp_path / "run", "config.cache_dir": tmp_path / "cache"}
+    places[setting] = tmp_path / "file" / "below"
+    config = settings("cifar10", cache_dir=str(places["config.cache_dir"]))
+    message = f"cannot write to {setting} '{places[setting]}': Not a directory"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train.compare(config, places["--workdir"])
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("mcunet-5fps.safetensors", "does not exist; give --config.weights=FILE"),
+        (__file__, "is not a safetensors file"),
+    ],
+)
+def test_bad_weights_are_told_at_once(tmp_path, weights, message):
+    config = settings("cifar10", weights=weights, cache_dir="")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train.compare(config, tmp_path)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "weights file 'mcunet-5fps.safetensors' does not exist; give --config.weights="),
-        ({"method": "bias", "weights": __file__}, "is not a safetensors file"),
+        ({"data_dir": "nowhere"}, "'oxford_iiit_pet' is not prepared in data_dir 'nowhere'"),
+        ({"classes": "Bengal,Abysinian"}, "unknown class 'Abysinian' .* did you mean Abyssinian"),
     ],
 )
-def test_bad_weights_are_told_at_once(tmp_path, changes, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        train.compare(settings("cifar10", **changes), tmp_path)
+def test_bad_data_are_told_at_once(tmp_path, changes, message):
+    places = {
+        "data_dir": str(SHARED / "tfds"),
+        "weights": str(SHARED / "weights" / "mcunet-5fps.safetensors"),
+        "cache_dir": "",
+    }
+    with pytest.raises(ValueError, match=message):
+        train.compare(settings("pets", **{**places, **changes}), tmp_path)
 
 
 def test_a_diverging_run_names_method_step_and_rate(small, tmp_path):

@@ -252,7 +252,7 @@ SKIPPED = {
     "custom_vjp": (lambda p, x: own_product(x, p["w"]), (4, 4), (2, 4), "custom_vjp"),
     "custom_jvp": (lambda p, x: own_product_jvp(x, p["w"]), (4, 4), (2, 4), "custom_jvp"),
     "while": (while_net, (4, 4), (2, 4), "while"),
-    "dynamic slice": (counted_loop, (3, 4, 4), (2, 4), "slice"),
+    "dynamic slice": (counted_loop, (3, 4, 4), (2, 4), "computed"),
     "batch_group_count": (batch_groups, (3, 3, 5, 4), (2, 6, 6, 5), "batch_group_count"),
 }
 
@@ -317,14 +317,12 @@ def loss_of(apply_fn):
 
 
 @cache
-def raw_gradients(share):
-    """Gradients of the raw network without transformations, at the bases of that share."""
+def reference_gradients(share):
+    """Gradients of the network without transformations, at inputs projected without `compress`."""
     with jax.default_matmul_precision("highest"):
-        net = networks.network("raw", "plain")
-        apply_fn = net.apply
-        if share is not None:
-            apply_fn = lance_jax.compress(apply_fn, net.factors(networks.bases(share)))
+        bases = {} if share is None else networks.bases(share)
         x, _ = networks.batch()
+        apply_fn = partial(networks.reference, bases)
         return jax.jit(jax.grad(loss_of(apply_fn), (0, 1)))(networks.weights(), x)
 
 
@@ -348,14 +346,15 @@ def test_matrix(framework, transformation):
     for share, reference in shares.items():
         fast = lance_jax.compress(net.apply, net.factors(networks.bases(share)))
         got, got_dx = jax.jit(jax.grad(loss_of(fast), (0, 1)))(params, x)
-        want, want_dx = raw_gradients(reference)
+        want, want_dx = reference_gradients(reference)
         assert_close(net.unpack(got), want)
         assert_close(got_dx, want_dx)
 
 
-def test_low_rank_gradients_are_the_projections():
-    plain, plain_dx = raw_gradients(None)
-    low, low_dx = raw_gradients(0.5)
+def test_reference_gradients():
+    """The matrix' reference: other gradients than the plain ones in the kernels, and only there."""
+    plain, plain_dx = reference_gradients(None)
+    low, low_dx = reference_gradients(0.5)
     assert_close(low_dx, plain_dx)
     for path, modes in networks.bases(0.5).items():
         *parents, name = path.split("/")
@@ -389,7 +388,7 @@ class Regularised(nn.Module):
 @pytest.mark.parametrize("train", [True, False])
 def test_dropout_batch_statistics_auxiliary_outputs_keywords(train):
     model = Regularised()
-    x, key = random(8, 5), jax.random.key(3)
+    x, key = random(8, 5), jax.random.key(3, impl="unsafe_rbg")  # compiles in no time
     variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), x)
     params, stats = variables["params"], variables["batch_stats"]
 
@@ -1016,7 +1015,7 @@ def test_traced_factors_in_scan_and_jit():
         return jax.grad(lambda p: (fast(p, x) * target).sum())(params)
 
     factors = net.factors(bases)
-    assert_close(net.unpack(jax.jit(grads)(params, factors)), raw_gradients(0.5)[0])
+    assert_close(net.unpack(jax.jit(grads)(params, factors)), reference_gradients(0.5)[0])
 
 
 def test_factors_are_arguments_of_the_program_not_constants():
@@ -1121,9 +1120,8 @@ def test_jit_with_shardings_inside():
         assert got.sharding.is_equivalent_to(everywhere, got.ndim)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def test_sharded_batch_gives_the_same_gradients(axis_type):
-    sharding = NamedSharding(two_devices(axis_type), PartitionSpec("data"))
+def test_sharded_batch_gives_the_same_gradients():
+    sharding = NamedSharding(two_devices(AxisType.Auto), PartitionSpec("data"))
     x = random(4, 4)
     got = jax.jit(jax.grad(mlp_loss))(MLP, jax.device_put(x, sharding))
     assert_close(got, mlp_gradients(MLP, x))
