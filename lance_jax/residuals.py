@@ -109,14 +109,15 @@ def _through_cond(
     branches = [(b, _origins(b, operands[1:], level)) for b in jaxprs.bodies(eqn)]
     outs = {}
     for i, outer in enumerate(eqn.outvars):
-        outs[outer] = Origin(outer, level=level)
         set_in = []
         for body, inner in branches:
-            origin = inner[body.outvars[i]] if _is_var(body.outvars[i]) else None
-            if origin is None or not _is_var(origin.root) or origin.root not in _unset(body):
+            var = body.outvars[i]
+            origin = inner[var] if _is_var(var) else Origin(var)
+            if not (_is_var(origin.root) and origin.root in _unset(body)):
                 set_in.append(origin)
-        if len(set_in) == 1 and set_in[0] and set_in[0].root in visible:
-            outs[outer] = outs[outer] if outer in read_by_equations else set_in[0]
+        only = set_in[0] if len(set_in) == 1 and outer not in read_by_equations else None
+        passed = only is not None and _is_var(only.root) and only.root in visible
+        outs[outer] = only if passed else Origin(outer, level=level)
     return outs
 
 

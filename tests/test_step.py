@@ -56,7 +56,7 @@ MLP_FACTORS = {
 
 def conv_loss(params, x, target):
     dims = ("NHWC", "HWIO", "NHWC")
-    for name, stride in (("stem", 1), ("body", 2), ("last", 1)):
+    for name, stride in (("stem", 2), ("last", 1)):
         layer = params[name]
         x = lax.conv_general_dilated(
             x, layer["kernel"], (stride, stride), "SAME", dimension_numbers=dims
@@ -71,8 +71,7 @@ def conv_net():
         return {"kernel": random(*shape, seed=seed) / 5, "bias": random(shape[-1], seed=seed + 1)}
 
     params = {
-        "stem": layer(3, 3, 3, 8, seed=0),
-        "body": layer(3, 3, 8, 12, seed=2),
+        "stem": layer(3, 3, 3, 12, seed=0),
         "last": layer(1, 1, 12, 16, seed=4),
         "head": layer(16, 10, seed=6),
     }
