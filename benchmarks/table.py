@@ -70,11 +70,19 @@ def fill(text: str, contents: dict[str, str]) -> str:
 
 
 def by_method(cells: list[dict]) -> defaultdict[str, defaultdict[str, dict[int, dict]]]:
-    """Test cells as data -> method -> seed -> cell."""
+    """Test cells as data -> method -> seed -> cell.
+
+    Of a grid that is not finished, the methods that have all of backprop's seeds, two at least.
+    """
     table = defaultdict(lambda: defaultdict(dict))
     for cell in cells:
         if cell["split"] == "test":
             table[cell["data"]][cell["method"]][cell["seed"]] = cell
+    for runs in table.values():
+        seeds = runs["backprop"].keys()
+        for method in list(runs):
+            if len(seeds) < 2 or not seeds <= runs[method].keys():
+                del runs[method]
     return table
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lance_jax import hosvd, jaxprs
-from lance_jax.factors import CORE_DTYPES, Factors, LayerFactors
+from lance_jax.factors import CORE_DTYPES, Factors, LayerFactors, Skipped
 from lance_jax.jaxprs import Site
 from lance_jax.modes import accumulator
 from lance_jax.paths import matching
@@ -166,7 +166,7 @@ def _select(select: Select, found: Layers) -> list[Layer]:
 
 def _choose_modes(
     chosen: list[Layer], found: Found, modes: Any, center: bool
-) -> tuple[dict[str, tuple[str, ...]], tuple[tuple[str, str], ...]]:
+) -> tuple[dict[str, tuple[str, ...]], tuple[Skipped, ...]]:
     """The modes of each selected layer, and the layers left without any."""
     if modes is not None and not isinstance(modes, str):
         known = list(dict.fromkeys(mode for layer in chosen for mode in layer.modes))
@@ -188,11 +188,11 @@ def _choose_modes(
         if center and "batch" in names:
             raise ValueError(f"center does not go with the batch mode of {layer.path!r}")
         if center and not _can_center(found.uses[layer.path]):
-            skipped.append((layer.path, "without a batch axis of one shape it has no mean"))
+            skipped.append(Skipped(layer.path, "without one batch axis it has no mean"))
         elif names or modes == ():
             by_path[layer.path] = names
         else:
-            skipped.append((layer.path, "it has none of the modes asked for"))
+            skipped.append(Skipped(layer.path, "it has none of the modes asked for"))
     return by_path, tuple(skipped)
 
 

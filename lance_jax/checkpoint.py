@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from lance_jax.factors import Factors, LayerFactors
+from lance_jax.factors import Factors, LayerFactors, Skipped
 
 
 class Checkpoint(NamedTuple):
@@ -110,4 +110,4 @@ def _rebuild(described: dict[str, Any], arrays: dict[str, Any] | None = None) ->
             bases = {mode: saved["bases"][mode] for mode, _ in layer["bases"]}
             mean = saved["mean"]
         layers[layer["path"]] = LayerFactors(bases, mean, layer["core_dtype"])
-    return Factors(layers, tuple((path, reason) for path, reason in described["skipped"]))
+    return Factors(layers, tuple(Skipped(*skip) for skip in described["skipped"]))

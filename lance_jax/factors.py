@@ -2,7 +2,7 @@
 
 import types
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,13 @@ from jax.tree_util import GetAttrKey, register_pytree_with_keys_class
 CORE_DTYPES = (None, "bfloat16", "int8", "int4")
 
 Array = Any  # jax.Array, numpy.ndarray, or the shape of one
+
+
+class Skipped(NamedTuple):
+    """What looks like a layer but is not compressed, and why."""
+
+    path: str
+    reason: str
 
 
 @register_pytree_with_keys_class
@@ -97,17 +104,17 @@ class Factors(Mapping[str, LayerFactors]):
     `Factors({"dense/kernel": LayerFactors({"feature": u})})`.
 
     Attributes:
-      skipped: (path, reason) of the selected layers that calibration gave no factors.
+      skipped: the selected layers that calibration gave no factors.
     """
 
     __slots__ = ("_layers", "skipped")
 
-    skipped: tuple[tuple[str, str], ...]
+    skipped: tuple[Skipped, ...]
 
     def __init__(
         self,
         layers: Mapping[str, LayerFactors] = types.MappingProxyType({}),
-        skipped: tuple[tuple[str, str], ...] = (),
+        skipped: tuple[Skipped, ...] = (),
     ):
         for path, layer in layers.items():
             if not isinstance(layer, LayerFactors):

@@ -72,9 +72,8 @@ class ValueAndGrad:
     def backward(self, saved: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         """The gradients, from what `forward` saved with the same arguments."""
         phases, arrays = self._traced(params, args, kwargs)
-        chosen = choose(params, self._trainable)
         grads = iter(phases.backward(saved, arrays))
-        return _fill(params, [next(grads) if use else None for use in chosen])
+        return _fill(params, [next(grads) if use else None for use in phases.chosen])
 
     def partition(self, params: Any) -> tuple[Any, Any]:
         """(trainable, frozen), each with None in the other's places."""
@@ -142,6 +141,7 @@ class Phases:
     backward: Callable[[tuple[Any, ...], list[Any]], list[Any]]
     kept: residuals.Kept
     consts: list[Any]
+    chosen: Sequence[bool]
 
 
 def trace_phases(
@@ -206,7 +206,7 @@ def trace_phases(
             )
         return run_backward(saved, consts, back_consts, arrays)
 
-    return Phases(forward, backward, kept, consts)
+    return Phases(forward, backward, kept, consts, chosen)
 
 
 def _shapes(arrays: Sequence[Any]) -> str:

@@ -14,7 +14,7 @@ from jax import lax
 from lance_jax import jaxprs, pointwise
 from lance_jax.conv import Conv
 from lance_jax.dense import Dense
-from lance_jax.factors import Factors, LayerFactors, as_factors, table
+from lance_jax.factors import Factors, LayerFactors, Skipped, as_factors, table
 from lance_jax.jaxprs import Ref, Site
 from lance_jax.modes import wider
 from lance_jax.quantize import Stored, load, store
@@ -44,14 +44,6 @@ class Layer:
     macs: int
     uses: int
     depthwise: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Skipped:
-    """What looks like a layer but cannot be compressed, and why."""
-
-    path: str
-    reason: str
 
 
 class Layers(Sequence[Layer]):

@@ -371,7 +371,7 @@ def test_modes_apply_where_a_layer_has_them(modes, expected):
     assert {path: set(layer.bases) for path, layer in fac.items()} == expected
     assert all(layer.core_dtype == "int4" for layer in fac.values())
     left = [path for path in PATHS if path not in expected]
-    assert [skip[0] if isinstance(skip, tuple) else skip.path for skip in fac.skipped] == left
+    assert [skip.path for skip in fac.skipped] == left
 
 
 def test_whole_inputs_in_low_precision():

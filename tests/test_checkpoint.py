@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from lance_jax.checkpoint import Checkpoint, Checkpoints
-from lance_jax.factors import Factors, LayerFactors
+from lance_jax.factors import Factors, LayerFactors, Skipped
 
 
 def state(scale=1.0):
@@ -36,7 +36,7 @@ FACTORS = {
             ),
             "scanned/kernel": LayerFactors({"feature": basis(2, 5, 3)}, mean=basis(2, 7, 5)),
         },
-        skipped=(("other/kernel", "no basis"),),
+        skipped=(Skipped("other/kernel", "no basis"),),
     ),
     "whole inputs": Factors({"kernel": LayerFactors({}, core_dtype="int8")}),
 }
