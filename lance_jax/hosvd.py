@@ -3,9 +3,10 @@
 import numbers
 
 import numpy as np
+import numpy.typing as npt
 
 
-def subspace(gram: np.ndarray, energy: float) -> np.ndarray:
+def subspace(gram: npt.ArrayLike, energy: float) -> np.ndarray:
     """Leading eigenvectors of a Gram matrix, as few as reach a share of its trace.
 
     The factor of one mode in the one-shot HOSVD of LANCE (arXiv 2509.21617, section 3), with the

@@ -77,7 +77,7 @@ def test_dtypes(dtype):
 
 def test_jax_arrays_are_welcome():
     gram = jnp.asarray(gram_of(0.5 ** np.arange(4))[0], "float32")
-    assert lance_jax.subspace(gram, 0.9).shape == (4, 3)  # pyright: ignore
+    assert lance_jax.subspace(gram, 0.9).shape == (4, 3)
 
 
 @given(st.integers(1, 12), st.floats(0.001, 1), st.integers(0, 99), st.integers(1, 12))
