@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lance_jax import hosvd, jaxprs
-from lance_jax.factors import CORE_DTYPES, Factors, LayerFactors, Skipped
+from lance_jax.factors import Factors, LayerFactors, Skipped, check_core_dtype
 from lance_jax.jaxprs import Site
 from lance_jax.modes import accumulator
 from lance_jax.paths import matching
@@ -128,15 +128,15 @@ def _energy(energy: float, modes: Any) -> float:
 
 
 def _check_modes_and_dtype(modes: Any, core_dtype: Any) -> None:
-    if core_dtype not in CORE_DTYPES:
-        raise ValueError(
-            f"core_dtype is {core_dtype!r}; it must be one of {', '.join(map(repr, CORE_DTYPES))}"
-        )
+    check_core_dtype(core_dtype)
     if isinstance(modes, str) and modes != "paper":
         raise ValueError(f"modes is {modes!r}; it must be None, 'paper' or a tuple of mode names")
 
 
 def _first(batches: Iterable[Any]) -> tuple[tuple[Any, ...], Iterator[Any]]:
+    if not isinstance(batches, Iterable) or jaxprs.is_array(batches):
+        kind = type(batches).__name__
+        raise ValueError(f"batches is a {kind}; it must be an iterable of batches, such as a list")
     rest = map(_as_tuple, batches)
     first = next(rest, None)
     if first is None:

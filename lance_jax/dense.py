@@ -168,7 +168,7 @@ class Dense:
 
     def _x(self, x: jax.Array) -> jax.Array:
         x = x.transpose(self.x_shared + self.x_free + self.x_contract)
-        return x.reshape(*x.shape[: x.ndim - len(self.x_contract)], -1)
+        return x.reshape(*x.shape[: x.ndim - len(self.x_contract)], self._feature)
 
     def _dy(self, dy: jax.Array) -> jax.Array:
         if self.x_is_lhs:

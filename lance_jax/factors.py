@@ -46,9 +46,7 @@ class LayerFactors:
     def __init__(
         self, bases: Mapping[str, Array], mean: Array | None = None, core_dtype: str | None = None
     ):
-        if core_dtype not in CORE_DTYPES:
-            known = ", ".join(map(repr, CORE_DTYPES))
-            raise ValueError(f"core_dtype is {core_dtype!r}; it must be one of {known}")
+        check_core_dtype(core_dtype)
         _set(self, types.MappingProxyType(dict(bases)), mean, core_dtype)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -170,6 +168,13 @@ class Factors(Mapping[str, LayerFactors]):
         object.__setattr__(new, "_layers", dict(zip(paths, layers, strict=True)))
         object.__setattr__(new, "skipped", skipped)
         return new
+
+
+def check_core_dtype(core_dtype: Any) -> None:
+    """Raise for what is no core dtype; a numpy dtype equals its name, but is none."""
+    if not isinstance(core_dtype, str | None) or core_dtype not in CORE_DTYPES:
+        known = ", ".join(map(repr, CORE_DTYPES))
+        raise ValueError(f"core_dtype is {core_dtype!r}; it must be one of {known}")
 
 
 def as_factors(factors: Any) -> Factors:

@@ -114,6 +114,9 @@ def trace(fun: Callable, params: Any, *args: Any, **kwargs: Any) -> Traced:
 
     closed = jax.make_jaxpr(flat)(*inputs)
     paths = [path for path, leaf in leaves_with_path(params) if is_array(leaf)]
+    twice = {path for path in paths if paths.count(path) > 1}
+    if twice:
+        raise ValueError(f"two parameters have the path {min(twice)!r}; rename one")
     refs: list[Ref | None] = [Ref((path,)) for path in paths]
     refs += [None] * (len(inputs) - len(refs))
     return Traced(closed.jaxpr, closed.consts, inputs, refs, out[0].join)

@@ -49,7 +49,13 @@ _SCALAR = {
 _CALLS = {prims.jit_p: "jaxpr", prims.custom_jvp_call_p: "call_jaxpr"}
 _LAST = {lax.max_p, lax.min_p, lax.clamp_p, lax.select_n_p, *_CALLS}
 _BEFORE = {*_LAST, lax.mul_p, lax.gt_p, lax.ge_p, lax.lt_p, lax.le_p}
-_LARGEST = 16  # equations of a call's body, and of a run of equations
+_COMPARE = {lax.gt_p, lax.ge_p, lax.lt_p, lax.le_p, lax.and_p, lax.or_p, lax.not_p}
+_STEPS = {
+    *(lax.max_p, lax.min_p, lax.clamp_p, lax.select_n_p, lax.mul_p),
+    *(lax.broadcast_in_dim_p, lax.copy_p),
+    *_COMPARE,
+}
+_LARGEST = 16  # equations of a run, the bodies of calls included
 _SHARES = (0.23, 0.5, 0.81)
 
 
@@ -117,18 +123,32 @@ def _producers_and_uses(jaxpr: Any) -> tuple[dict[Any, int], collections.Counter
     return producer, uses
 
 
-def _is_simple(eqns: Sequence[Any], room: int = _LARGEST) -> bool:
-    """Whether a few elementwise equations are all there is, calls' bodies included."""
-    if len(eqns) > room:
+def _is_simple(eqns: Sequence[Any]) -> bool:
+    """Whether these equations can only change their slope at a constant, or a ratio of two.
+
+    That is what `_slopes` takes for granted: maxima, minima and selections by comparison with
+    constants, and at most one factor. A custom rule may compare and select, nothing else.
+    """
+    flat = list(_flat(eqns))
+    allowed = all(e.primitive in _STEPS or _is_scalar_convert(e) for e in flat[: _LARGEST + 1])
+    factors = sum(e.primitive is lax.mul_p for e in flat)
+    if len(flat) > _LARGEST or not allowed or factors > 1:
         return False
+    return factors == 0 or all(e.primitive is not prims.custom_jvp_call_p for e in eqns)
+
+
+def _flat(eqns: Sequence[Any]) -> Iterator[Any]:
+    """The equations with the bodies of calls in their calls' places."""
     for eqn in eqns:
         if eqn.primitive in _CALLS:
             body = jaxprs.open_jaxpr(eqn.params[_CALLS[eqn.primitive]])[0]
-            if body.constvars or not _is_simple(body.eqns, room - len(eqns)):
-                return False
-        elif eqn.primitive not in _SCALAR:
-            return False
-    return True
+            yield from _flat(body.eqns)
+        else:
+            yield eqn
+
+
+def _is_scalar_convert(eqn: Any) -> bool:
+    return eqn.primitive is lax.convert_element_type_p and eqn.invars[0].aval.shape == ()
 
 
 def _slopes(eqns: Sequence[Any]) -> dict[float, float]:
@@ -141,6 +161,10 @@ def _slopes(eqns: Sequence[Any]) -> dict[float, float]:
     like = jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype)
     fun = _function(eqns)
     tangent = jax.make_jaxpr(lambda x, t: jax.jvp(fun, (x,), (t,))[1])(like, like)
+    if any(e.primitive is prims.custom_jvp_call_p for e in eqns):
+        of_rule = [e for e in tangent.jaxpr.eqns if e.primitive is not prims.custom_jvp_call_p]
+        if not all(e.primitive in _STEPS - {lax.mul_p} for e in _flat(of_rule)):
+            return {}
     numbers = {float(c) for c in _constants(tangent.jaxpr)} | {0.0}
     ratios = {a / b for a in numbers for b in numbers if b and math.isfinite(a / b)}
     edges = sorted(numbers | ratios)

@@ -35,7 +35,7 @@ def store(core: jax.Array, core_dtype: str | None) -> Stored:
         return Stored(core.astype(jnp.bfloat16))
     core = core.astype(jnp.float32)
     levels = _LEVELS[core_dtype]
-    scale = jnp.max(jnp.abs(core), axis=tuple(range(core.ndim - 1))) / levels
+    scale = jnp.max(jnp.abs(core), axis=tuple(range(core.ndim - 1)), initial=0.0) / levels
     scale = jnp.where(scale > 0, scale, 1.0)
     values = jnp.clip(jnp.round(core / scale), -levels, levels).astype(jnp.int8)
     return Stored(values if core_dtype == "int8" else _pack4(values), scale)

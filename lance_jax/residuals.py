@@ -37,16 +37,12 @@ class Origin:
         for eqn, depth in self.views:
 
             def view(x, eqn=eqn):
-                return jaxprs.run_eqns([eqn], [_operand(eqn)], eqn.outvars, [x])[0]
+                return jaxprs.bind(eqn, [x] if _is_var(eqn.invars[0]) else [])[0]
 
             for _ in range(depth):
                 view = jax.vmap(view)
             root = view(root)
         return root
-
-
-def _operand(eqn: Any) -> Any:
-    return next((v for v in eqn.invars if not isinstance(v, Literal)), eqn.invars[0])
 
 
 def _lays_out(eqn: Any) -> bool:

@@ -25,7 +25,7 @@ METHODS = ("head", "bias", "backprop", "lance")
 MODES = ("paper", "none", "batch", "height", "width", "channel", "patch")
 PREFIX_BATCH = 32  # pictures at a time through the frozen prefix
 # what may change between two runs in one working directory; anything else changes the results
-FREE_FIELDS = ("method", "cache_dir", "data_dir", "weights")
+FREE_FIELDS = ("method", "cache_dir")
 
 
 class Problem(NamedTuple):
@@ -142,7 +142,7 @@ def check(config: Config, workdir: str | Path) -> None:
     _check_writable(workdir, "--workdir")
     if config.get("cache_dir"):
         _check_writable(config.cache_dir, "config.cache_dir")
-    _claim(config, Path(workdir))
+    _compare_claim(config, Path(workdir))
 
 
 def _check_writable(directory: str | Path, setting: str) -> None:
@@ -156,14 +156,27 @@ def _check_writable(directory: str | Path, setting: str) -> None:
         ) from None
 
 
-def _claim(config: Config, workdir: Path) -> None:
-    """Writes WORKDIR/config.json, or compares it: one working directory, one configuration."""
-    fixed = {name: value for name, value in config.to_dict().items() if name not in FREE_FIELDS}
+def claim(config: Config, workdir: Path) -> None:
+    """Writes WORKDIR/config.json: one working directory, one configuration.
+
+    Not before weights and data are known to be there: a mistyped name must not take the directory.
+    """
+    if not (workdir / "config.json").exists():
+        metrics.write_atomically(
+            workdir / "config.json", json.dumps(_fixed(config), indent=2) + "\n"
+        )
+
+
+def _fixed(config: Config) -> dict[str, Any]:
+    return {name: value for name, value in config.to_dict().items() if name not in FREE_FIELDS}
+
+
+def _compare_claim(config: Config, workdir: Path) -> None:
     path = workdir / "config.json"
     if not path.exists():
-        metrics.write_atomically(path, json.dumps(fixed, indent=2) + "\n")
+        return
     claimed = json.loads(path.read_text())
-    for name, value in json.loads(json.dumps(fixed)).items():
+    for name, value in json.loads(json.dumps(_fixed(config))).items():
         if claimed.get(name) != value:
             raise ValueError(
                 f"--workdir {str(workdir)!r} holds a run with config.{name} = "
@@ -181,6 +194,7 @@ def prepare(config: Config, workdir: str | Path) -> Problem:
     if config.model == "digits":
         layers = digits.last_convolutions(config.trainable_layers)
         pictures = {split: data.digits(split, classes) for split in splits}
+        claim(config, Path(workdir))
         network, params, cache_dir = digits.DigitsNet(), pretrain_digits(config, workdir), ""
     else:
         architecture, params = mcunet.load(config.weights)
@@ -191,6 +205,7 @@ def prepare(config: Config, workdir: str | Path) -> Problem:
             for split in splits
         }
         network, cache_dir = mcunet.MCUNet(architecture), config.cache_dir
+        claim(config, Path(workdir))
     first_block = layers[0][0]
     prefix = network.clone(stop=first_block)
     train, evaluation = examples(config, prefix, params, pictures, cache_dir)

@@ -190,3 +190,8 @@ def test_compress_takes_a_plain_mapping_too():
 
     layers = {"w": LayerFactors({"feature": jnp.eye(4)})}
     np.testing.assert_array_equal(lance_jax.compress(apply, layers)(w, x), apply(w, x))
+
+
+def test_a_numpy_dtype_is_no_core_dtype():
+    with pytest.raises(ValueError, match="core_dtype"):
+        LayerFactors({}, core_dtype=np.dtype("int8"))  # pyright: ignore

@@ -290,3 +290,20 @@ def test_outside_vmap():
         jax.jit(jax.vmap(jax.grad(lambda x, f=f: (f(ONE, x) ** 2).sum())))(x) for f in (fast, plain)
     )
     assert_same_bits(got, want)
+
+
+FAR = {
+    "several factors": lambda x: jnp.minimum(jax.nn.leaky_relu(x, 0.1) * 0.1 * 0.1, 5.0),
+    "a sum of two": jax.jit(lambda x: jnp.maximum(x, 0) + 0.5 * jnp.maximum(x + 100, 0)),
+    "an offset": jax.jit(lambda x: jnp.clip(x + 9, 0, 200)),
+    "a scaled clip": lambda x: jnp.clip(x * 0.2, -1, 1),
+}
+
+
+@pytest.mark.parametrize("fun", FAR.values(), ids=FAR)
+def test_slopes_far_from_the_constants(fun):
+    """What changes its slope where no constant stands is left alone, or exact there too."""
+    x = jnp.concatenate([jnp.linspace(-1e3, 1e3, 4001), jnp.array([-100.0, -9.0, 191.0, 600.0])])
+    fast = lance_jax.compress(lambda params, x: fun(x), {})
+    got = jax.vjp(lambda x: fast({}, x), x)[1](jnp.ones_like(x))[0]
+    assert (got == jax.vjp(fun, x)[1](jnp.ones_like(x))[0]).all()

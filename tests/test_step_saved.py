@@ -378,3 +378,16 @@ def test_bytes_held_with_frozen_layers():
     everything = lance_jax.report(conv_loss, params, *batch, factors=factors)
     assert report.saved_bytes.total < everything.saved_bytes.total
     del saved
+
+
+@pytest.mark.parametrize("constant", [jnp.ones, lambda shape: jnp.full(shape, 0.5)])
+def test_saved_holds_no_constant_array(constant):
+    """A scalar that is broadcast to a residual is broadcast again."""
+
+    def loss(params, x):
+        return ((x @ params["w"]) * constant((7, 11))).sum()
+
+    vg = lance_jax.value_and_grad(loss)
+    batch = {"w": jnp.ones((5, 11))}, jnp.ones((7, 5))
+    assert vg.forward(*batch)[1] == ()
+    assert (vg(*batch)[1]["w"] == jax.grad(loss)(*batch)["w"]).all()

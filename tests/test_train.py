@@ -166,8 +166,15 @@ def test_validation_split_leaves_the_test_pictures_alone(small, tmp_path, monkey
     assert set(result) == KEYS - {"test_accuracy"} | {"validation_accuracy"}
 
 
-def test_one_working_directory_has_one_configuration(tmp_path):
+def test_a_mistyped_class_does_not_take_the_working_directory(tmp_path):
+    with pytest.raises(ValueError, match="class"):
+        train.prepare(settings(classes="five,6"), tmp_path)
     train.check(settings(), tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_one_working_directory_has_one_configuration(tmp_path):
+    train.claim(settings(), tmp_path)
     train.check(settings(method="head"), tmp_path)
     message = f"run with config.energy = {settings().energy}, not 0.8; choose another"
     with pytest.raises(ValueError, match=message):
