@@ -6,6 +6,7 @@ _TWO_DEVICES = "--xla_force_host_platform_device_count=2"
 if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_TWO_DEVICES}".strip()
 
+# After the flags: jax reads them when it is imported.
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -116,6 +116,7 @@ def load(path: str | Path) -> tuple[Architecture, dict[str, Any]]:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
+            # The file is no mapping and cannot be iterated without keys().
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(
