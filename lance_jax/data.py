@@ -75,32 +75,55 @@ def tfds_pictures(
     """A split of a data set prepared by TensorFlow Datasets as array_record.
 
     Pictures stay encoded in memory; `read` decodes them, resizes them to (side, side) and scales
-    them to -1 to 1. ValueError where the data set is not prepared under `data_dir`.
+    them to -1 to 1. ValueError where the data set is not prepared under `data_dir`, or cannot be
+    read.
     """
     builder, decode = _tfds_builder(name, data_dir)
     encoded = {field: decode.SkipDecoding() for field in builder.info.features if field != "label"}
-    source = builder.as_data_source(split, decoders=encoded)
     images, labels = [], []
-    for i in range(len(source)):
-        example = source[i]
-        images.append(example["image"])
-        labels.append(example["label"])
+    try:
+        source = builder.as_data_source(split, decoders=encoded)
+        for i in range(len(source)):
+            example = source[i]
+            images.append(example["image"])
+            labels.append(example["label"])
+    except RuntimeError as error:  # another file format, or a file missing or cut short
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"split {split!r} of data set {name!r} in {str(builder.data_path)!r} cannot be read "
+            f"({reason}); prepare it again with `{_tfds_build(name, data_dir)}`"
+        ) from None
     names = tuple(builder.info.features["label"].names)
     return restrict(Pictures(images, np.asarray(labels, np.int32), names, side), classes, name)
 
 
+def _tfds_build(name: str, data_dir: str | Path) -> str:
+    return f"tfds build {name} --data_dir {data_dir} --file_format array_record"
+
+
 def _tfds_builder(name: str, data_dir: str | Path) -> tuple[Any, Any]:
     """The builder, and the module of decoders."""
-    versions = sorted(Path(data_dir).expanduser().glob(f"{name}/*/dataset_info.json"))
-    if not versions:
+    found = [
+        path.parent for path in Path(data_dir).expanduser().glob(f"{name}/*/dataset_info.json")
+    ]
+    if not found:
         raise ValueError(
             f"data set {name!r} is not prepared in data_dir {str(data_dir)!r}: give "
-            f"--config.data_dir, or prepare it once where TensorFlow is installed with `tfds build "
-            f"{name} --data_dir {data_dir} --file_format array_record`"
+            "--config.data_dir, or prepare it once where TensorFlow is installed with "
+            f"`{_tfds_build(name, data_dir)}`"
         )
     import tensorflow_datasets as tfds  # a second to import, not needed by the digits
 
-    builder = tfds.builder_from_directory(versions[-1].parent)
+    try:
+        newest = max(found, key=lambda path: tfds.core.Version(path.name))
+        builder = tfds.builder_from_directory(newest)
+    except Exception as error:  # its parsers share no class of errors
+        raise ValueError(
+            f"data set {name!r} in {str(data_dir)!r} is not one of TensorFlow Datasets: {error}"
+        ) from None
+    if not {"image", "label"} <= set(builder.info.features):
+        fields = ", ".join(builder.info.features)
+        raise ValueError(f"data set {name!r} has no fields image and label; it has {fields}")
     for split in SPLITS:
         if split not in builder.info.splits:
             raise ValueError(f"data set {name!r} in {str(data_dir)!r} has no split {split!r}")
@@ -225,5 +248,9 @@ def features(
 def _save_atomically(path: Path, array: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        np.save(file, array)
-    os.replace(file.name, path)
+        try:
+            np.save(file, array)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -30,10 +31,9 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         _stop(f"{argv[1]!r} is no flag; fields are set by --config.key=value")
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
+    config_file, config = _load_config()
     try:
-        config_file = config_flags.get_config_filename(flags.FLAGS["config"])
-        workdir = _WORKDIR.value or f"workdir/{Path(config_file).stem}"
-        train.compare(_CONFIG.value, workdir)
+        train.compare(config, _WORKDIR.value or f"workdir/{Path(config_file).stem}")
     except (ValueError, OSError, FloatingPointError) as error:
         _stop(error)
 
@@ -44,11 +44,29 @@ def _parse_flags(argv: list[str]) -> list[str]:
         argv = [argv[0], f"--config={DEFAULT_CONFIG}", *argv[1:]]
     try:
         return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError) as error:  # how ml_collections says it
-        reason: object = error
-        while isinstance(reason, Exception):
-            reason = reason.args[0]
-        _stop(f"no such field in the configuration: {reason}")
+    except Exception as error:  # of the configuration's own code, or a field that it has not
+        _stop_in_config(error)
+
+
+def _load_config() -> tuple[str, ml_collections.ConfigDict]:
+    """(the file's name, the configuration); without fields to set it is read only here."""
+    try:
+        file, config = config_flags.get_config_filename(flags.FLAGS["config"]), _CONFIG.value
+        getattr(config, "lock", None)  # where the file failed to load, this raises its error
+    except Exception as error:
+        _stop_in_config(error)
+    if not isinstance(config, ml_collections.ConfigDict):
+        _stop(f"get_config() of {file} gives a {type(config).__name__}, and no ConfigDict")
+    return file, config
+
+
+def _stop_in_config(error: Exception) -> NoReturn:
+    reason: object = error
+    while (
+        isinstance(reason, AttributeError | KeyError) and reason.args
+    ):  # ml_collections nests them
+        reason = reason.args[0]
+    _stop(f"the configuration cannot be read: {reason}")
 
 
 def _stop(error: object) -> NoReturn:

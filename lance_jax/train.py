@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import platform
 import tempfile
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lance_jax
+import lance_jax.config
 from lance_jax import data, metrics
 from lance_jax.factors import CORE_DTYPES
 from lance_jax.loop import ApplyFn, Config, Examples, Fitted, fit, for_device, loss_of
@@ -118,6 +120,7 @@ def names(value: str | Sequence[str]) -> tuple[str, ...]:
 
 def check(config: Config, workdir: str | Path) -> None:
     """ValueError for a setting or a working directory that cannot be; reads no data."""
+    _check_fields(config)
     methods = names(config.method)
     allowed = {
         "method": (METHODS, methods),
@@ -139,10 +142,26 @@ def check(config: Config, workdir: str | Path) -> None:
             raise ValueError(f"config.{field} is {config[field]}; it must be at least 1")
     if not 0 < config.energy <= 1:
         raise ValueError(f"config.energy is {config.energy}; it must lie in (0, 1]")
+    positive = {"clip": config.clip}
+    positive |= {f"learning_rate.{method}": config.learning_rate[method] for method in methods}
+    for field, value in positive.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"config.{field} is {value}; it must be positive and finite")
     _check_writable(workdir, "--workdir")
     if config.get("cache_dir"):
         _check_writable(config.cache_dir, "config.cache_dir")
     _compare_claim(config, Path(workdir))
+
+
+def _check_fields(config: Config) -> None:
+    """All fields are there, and numbers where numbers belong."""
+    origin = "mcunet" if config.get("model") == "mcunet" else "base"
+    for name, default in getattr(lance_jax.config, origin)().items():
+        if name not in config:
+            raise ValueError(f"config.{name} is missing; begin with lance_jax.config.{origin}()")
+        kind = {int: int, float: (int, float)}.get(type(default))
+        if kind and not isinstance(config[name], kind):
+            raise ValueError(f"config.{name} is {config[name]!r}; it must be a number")
 
 
 def _check_writable(directory: str | Path, setting: str) -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,67 @@ def test_bad_classes(classes, message):
 def test_unprepared_data_set(tmp_path):
     with pytest.raises(ValueError, match=r"'cifar10' is not prepared in data_dir .* `tfds build"):
         data.tfds_pictures("cifar10", tmp_path, "train", 32)
+
+
+def prepared(folder, version="3.0.2"):
+    """A copy of the prepared CIFAR-10's descriptions, without its pictures."""
+    directory = folder / "cifar10" / version
+    directory.mkdir(parents=True)
+    for file in ("dataset_info.json", "features.json", "label.labels.txt"):
+        text = (SHARED / "cifar10" / "3.0.2" / file).read_text()
+        if file == "dataset_info.json":
+            text = json.dumps({**json.loads(text), "version": version})
+        (directory / file).write_text(text)
+    return directory
+
+
+@needs_shared
+def test_the_newest_version_is_read(tmp_path):
+    for version in ("9.0.0", "10.0.0"):
+        prepared(tmp_path, version)
+    with pytest.raises(ValueError, match="10.0.0"):
+        data.tfds_pictures("cifar10", tmp_path, "train", 32)
+
+
+def no_json(directory):
+    (directory / "dataset_info.json").write_text("{")
+
+
+def tfrecord(directory):
+    path = directory / "dataset_info.json"
+    path.write_text(path.read_text().replace("array_record", "tfrecord"))
+
+
+def no_label(directory):
+    path = directory / "features.json"
+    path.write_text(path.read_text().replace('"label"', '"name"'))
+
+
+def cut_short(directory):
+    for split in ("train", "test"):
+        (directory / f"cifar10-{split}.array_record-00000-of-00001").write_bytes(b"half")
+
+
+def no_pictures(directory):
+    pass
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (no_json, "'cifar10' in .* is not one of TensorFlow Datasets"),
+        (tfrecord, "cannot be read .*TFRECORD.* --file_format array_record"),
+        (no_label, "no fields image and label; it has .*name"),
+        (cut_short, "split 'train' of data set 'cifar10' in .* cannot be read"),
+        (no_pictures, "cannot be read .*No such file"),
+    ],
+)
+def test_damaged_data_set(tmp_path, damage, message):
+    damage(prepared(tmp_path))
+    with pytest.raises(ValueError, match=message) as error:
+        data.tfds_pictures("cifar10", tmp_path, "train", 32)
+    assert "\n" not in str(error.value)
 
 
 @needs_shared
@@ -203,6 +265,7 @@ def test_a_cache_that_was_not_finished_is_not_read(tmp_path, monkeypatch):
         patch.setattr(np, "save", killed)
         with pytest.raises(KeyboardInterrupt):
             features(chosen, Prefix(), tmp_path)
+    assert not list(tmp_path.iterdir())
     prefix = Prefix()
     features(chosen, prefix, tmp_path)
     assert prefix.seen > 0

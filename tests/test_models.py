@@ -133,6 +133,15 @@ def bad_file(tmp_path, kind):
         save_file(good, path)
     elif kind == "another network":
         save_file(good, path, {"architecture": json.dumps({"layers": 3})})
+    elif kind in ("word for a size", "size of zero"):
+        described["resolution"] = "large" if kind == "word for a size" else 0
+        save_file(good, path, {"architecture": json.dumps(described)})
+    elif kind == "flat kernel":
+        good["stem.weight"] = good["stem.weight"].reshape(-1)
+        save_file(good, path, {"architecture": json.dumps(described)})
+    elif kind == "leaf for a module":
+        good["blocks.0"] = good["stem.bias"]
+        save_file(good, path, {"architecture": json.dumps(described)})
     elif kind == "missing tensor":
         del good["blocks.1.conv2.bias"]
         save_file(good, path, {"architecture": json.dumps(described)})
@@ -150,6 +159,10 @@ def bad_file(tmp_path, kind):
         ("empty", "not a safetensors file"),
         ("no architecture", "describes no MCUNet"),
         ("another network", "describes no MCUNet"),
+        ("word for a size", "describes no MCUNet.*'large'"),
+        ("size of zero", "describes no MCUNet.*below 1"),
+        ("flat kernel", r"'stem.weight' has shape \(\d+,\); .* \(out, in, height, width\)"),
+        ("leaf for a module", "does not fit its architecture"),
         ("missing tensor", "does not fit its architecture.*blocks_1/conv2/bias"),
         ("wrong shape", "does not fit its architecture.*blocks_2/conv1"),
     ],

@@ -195,6 +195,8 @@ def test_one_working_directory_has_one_configuration(tmp_path):
         ({"epochs": 0}, "config.epochs is 0"),
         ({"classes": "5,six"}, "unknown class 'six' in data set 'digits'"),
         ({"trainable_layers": 9}, "trainable_layers is 9"),
+        ({"learning_rate": {"head": -0.1}}, "config.learning_rate.head is -0.1; it must be pos"),
+        ({"clip": float("nan")}, "config.clip is nan; it must be positive"),
         ({"modes": "channels"}, "config.modes is 'channels'; it must be one of .*'channel'"),
         ({"batch_size": 5000}, "batch_size is 5000; it must be 1 to"),
     ],
@@ -204,6 +206,22 @@ def test_bad_settings_are_told_at_once(tmp_path, changes, message):
         train.compare(settings(**changes), tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not list(tmp_path.rglob("metrics.jsonl")), "nothing was trained before"
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "origin"), [("digits", "clip", "base"), ("pets", "data_dir", "mcunet")]
+)
+def test_a_missing_or_mistyped_field_is_told_at_once(tmp_path, name, field, origin):
+    config = settings(name)
+    del config[field]
+    message = rf"config.{field} is missing; begin with lance_jax.config.{origin}\(\)"
+    with pytest.raises(ValueError, match=message):
+        train.check(config, tmp_path)
+    config = settings(name)
+    with config.ignore_type():
+        config.epochs = "many"
+    with pytest.raises(ValueError, match="config.epochs is 'many'; it must be a number"):
+        train.check(config, tmp_path)
 
 
 @pytest.mark.parametrize("setting", ["--workdir", "config.cache_dir"])

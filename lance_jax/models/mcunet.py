@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
 
@@ -124,57 +125,62 @@ def load(path: str | Path) -> tuple[Architecture, dict[str, Any]]:
             "formats are not read"
         ) from None
     architecture = _parse_architecture(metadata, path)
-    params = _to_linen(tensors)
+    params = _to_linen(tensors, path)
     _check_shapes(architecture, params, path)
-    return architecture, params
+    return architecture, unflatten_dict(params, sep="/")
 
 
 def _parse_architecture(metadata: dict[str, str], path: str | Path) -> Architecture:
     try:
         spec = json.loads(metadata["architecture"])
-        blocks = tuple(Block(*(b[field] for field in Block._fields)) for b in spec["blocks"])
-        stem = spec["stem"]
-        return Architecture(
-            spec["resolution"], stem["out_channels"], stem["kernel"], stem["stride"], blocks
+        blocks = tuple(
+            Block(*(int(b[field]) for field in Block._fields[:5]), b["expand"], b["residual"])
+            for b in spec["blocks"]
         )
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        stem = spec["stem"]
+        sizes = spec["resolution"], stem["out_channels"], stem["kernel"], stem["stride"]
+        if min(map(int, sizes)) < 1 or any(min(block[:5]) < 1 for block in blocks):
+            raise ValueError("a size below 1")
+        return Architecture(*map(int, sizes), blocks)
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"weights file {str(path)!r} describes no MCUNet in its metadata "
             f"(`architecture`: {error!r})"
         ) from None
 
 
-def _to_linen(tensors: dict[str, np.ndarray]) -> dict[str, Any]:
-    params: dict[str, Any] = {}
+def _to_linen(tensors: dict[str, np.ndarray], path: str | Path) -> dict[str, np.ndarray]:
+    """Linen's parameters by their paths, such as "blocks_2/conv1/kernel"."""
+    params = {}
     for name, tensor in tensors.items():
         *modules, leaf = name.replace("blocks.", "blocks_").split(".")
         if modules == ["classifier"]:
             continue
-        node = params
-        for module in modules:
-            node = node.setdefault(module, {})
-        # OIHW -> HWIO; a depthwise (C, 1, k, k) becomes (k, k, 1, C)
-        node["kernel" if leaf == "weight" else leaf] = (
-            np.ascontiguousarray(tensor.transpose(2, 3, 1, 0)) if leaf == "weight" else tensor
-        )
+        if leaf == "weight":
+            if tensor.ndim != 4:
+                raise ValueError(
+                    f"weights file {str(path)!r}: {name!r} has shape {tensor.shape}; it must be "
+                    "that of a convolution, (out, in, height, width)"
+                )
+            # OIHW -> HWIO; a depthwise (C, 1, k, k) becomes (k, k, 1, C)
+            leaf, tensor = "kernel", np.ascontiguousarray(tensor.transpose(2, 3, 1, 0))
+        params["/".join([*modules, leaf])] = tensor
     return params
 
 
-def _check_shapes(architecture: Architecture, params: dict[str, Any], path: str | Path) -> None:
+def _check_shapes(
+    architecture: Architecture, params: dict[str, np.ndarray], path: str | Path
+) -> None:
     """The parameters are exactly those that the architecture asks for."""
     side = architecture.resolution
     expected = jax.eval_shape(
         MCUNet(architecture).init, jax.random.key(0), jax.ShapeDtypeStruct((1, side, side, 3), "f4")
     )["params"]
 
-    def described(tree):
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {
-            (jax.tree_util.keystr(key, simple=True, separator="/"), leaf.shape, str(leaf.dtype))
-            for key, leaf in leaves
-        }
+    def described(flat):
+        return {(name, leaf.shape, str(leaf.dtype)) for name, leaf in flat.items()}
 
-    wrong = described(expected) ^ described(params)
+    wrong = described(flatten_dict(expected, sep="/")) ^ described(params)
     if wrong:
         raise ValueError(
             f"weights file {str(path)!r} does not fit its architecture, first at "
