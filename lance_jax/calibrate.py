@@ -19,6 +19,8 @@ from lance_jax.transform import Found, Layer, Layers, Use, find, product_of, wei
 _ENERGY, _PAPER_ENERGY = 0.9, 0.7
 # Beside the Gram matrices, for a mean: the sum of the inputs over the batch, and their number.
 _SUM, _COUNT = "sum", "count"
+# The share of a Gram matrix's trace that float32 sums cannot tell from nothing.
+_CANCELLED = 1e-5
 
 
 class Last:
@@ -90,7 +92,7 @@ def calibrate(
       ValueError: for bad arguments, no batches, nothing selected, or activations that are all
         zero or not finite.
     """
-    modes = modes if modes is None or isinstance(modes, str) else tuple(modes)
+    modes = tuple(modes) if isinstance(modes, Iterable) and not isinstance(modes, str) else modes
     energy = _energy(energy, modes)
     _check_modes_and_dtype(modes, core_dtype)
     first, rest = _first(batches)
@@ -105,7 +107,7 @@ def calibrate(
         _check_finite(path, sums)
         mean = None
         if center:
-            sums, mean = _centred(sums, use)
+            sums, mean = _centred(path, sums, use)
         dtype = accumulator(use.x.dtype)
         bases = {mode: jnp.asarray(_basis(gram, energy), dtype) for mode, gram in sums.items()}
         layers[path] = LayerFactors(bases, mean, core_dtype)
@@ -129,7 +131,7 @@ def _energy(energy: float, modes: Any) -> float:
 
 def _check_modes_and_dtype(modes: Any, core_dtype: Any) -> None:
     check_core_dtype(core_dtype)
-    if isinstance(modes, str) and modes != "paper":
+    if modes not in (None, "paper") and not isinstance(modes, tuple):
         raise ValueError(f"modes is {modes!r}; it must be None, 'paper' or a tuple of mode names")
 
 
@@ -314,7 +316,9 @@ def _tapped(jaxpr: Any, i: int, node: Site, read: Callable[[Any], Any]) -> list[
 # --- factors -------------------------------------------------------------------------------------
 
 
-def _centred(sums: dict[str, np.ndarray], use: Use) -> tuple[dict[str, np.ndarray], jax.Array]:
+def _centred(
+    path: str, sums: dict[str, np.ndarray], use: Use
+) -> tuple[dict[str, np.ndarray], jax.Array]:
     """(Gram matrices about the mean, the mean): sum (x-m)(x-m)^T = sum x x^T - N m m^T."""
     sums = dict(sums)
     total, count = sums.pop(_SUM), sums.pop(_COUNT)
@@ -332,7 +336,16 @@ def _centred(sums: dict[str, np.ndarray], use: Use) -> tuple[dict[str, np.ndarra
             of_mean = jax.vmap(of_mean)
         share = np.asarray(of_mean(mean), np.float64)
         sums[mode] = value - share * each(value)
+        if _trace(sums[mode]) <= _CANCELLED * _trace(value):
+            raise ValueError(
+                f"the input of {path!r} is the same in all samples: nothing is left to project "
+                "once it is centred"
+            )
     return sums, mean.astype(accumulator(use.x.dtype))
+
+
+def _trace(grams: np.ndarray) -> float:
+    return float(np.trace(grams, axis1=-2, axis2=-1).sum())
 
 
 def _check_finite(path: str, sums: dict[str, np.ndarray]) -> None:

@@ -5,10 +5,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import GetAttrKey, register_pytree_with_keys_class
 
 CORE_DTYPES = (None, "bfloat16", "int8", "int4")
+
+_ORTHONORMAL = 0.05  # bases in bfloat16 are welcome
 
 Array = Any  # jax.Array, numpy.ndarray, or the shape of one
 
@@ -34,7 +38,8 @@ class LayerFactors:
       core_dtype: None (the input's), "bfloat16", "int8" or "int4".
 
     Raises:
-      ValueError: for an unknown `core_dtype`.
+      ValueError: for an unknown `core_dtype`, for what is no array, and for bases whose values are
+        known (not traced) and are not finite with orthonormal columns.
     """
 
     __slots__ = ("bases", "core_dtype", "mean")
@@ -47,6 +52,12 @@ class LayerFactors:
         self, bases: Mapping[str, Array], mean: Array | None = None, core_dtype: str | None = None
     ):
         check_core_dtype(core_dtype)
+        if not isinstance(bases, Mapping):
+            raise ValueError(f"bases is a {type(bases).__name__}; it must map mode names to arrays")
+        for mode, basis in bases.items():
+            _check_basis(mode, basis)
+        if mean is not None and not hasattr(mean, "shape"):
+            raise ValueError(f"mean is a {type(mean).__name__}; it must be an array")
         _set(self, types.MappingProxyType(dict(bases)), mean, core_dtype)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -86,6 +97,29 @@ class LayerFactors:
             core_dtype,
         )
         return new
+
+
+def _check_basis(mode: str, basis: Any) -> None:
+    if not (hasattr(basis, "shape") and hasattr(basis, "dtype")):
+        raise ValueError(f"the {mode!r} basis is a {type(basis).__name__}; it must be an array")
+    known = isinstance(basis, np.ndarray) or (
+        isinstance(basis, jax.Array)
+        and not isinstance(basis, jax.core.Tracer)
+        and basis.is_fully_addressable
+    )
+    # What does not fit the layer is told by `compress`, which knows the layer.
+    fits = basis.ndim >= 2 and basis.shape[-1] <= basis.shape[-2]
+    if not (known and fits and jnp.issubdtype(basis.dtype, jnp.floating)):
+        return
+    u = np.asarray(basis, np.float32)
+    if not np.isfinite(u).all():
+        raise ValueError(f"the {mode!r} basis holds NaN or Inf")
+    error = np.abs(np.swapaxes(u, -1, -2) @ u - np.eye(u.shape[-1])).max(initial=0.0)
+    if error > _ORTHONORMAL:
+        raise ValueError(
+            f"the columns of the {mode!r} basis are not orthonormal: U^T U differs from the "
+            f"identity by {error:.2g}"
+        )
 
 
 def _set(new: LayerFactors, bases: Any, mean: Any, core_dtype: Any) -> None:

@@ -257,13 +257,24 @@ def _plan_bodies(eqn, inner, operands, rule, trips):
         return Body((nodes,)), [None] * len(eqn.outvars)
     if eqn.primitive is prims.cond_p:
         plans = [_plan(branch, operands[1:], rule, trips) for branch in inner]
-        return Body(tuple(nodes for nodes, _ in plans)), [None] * len(eqn.outvars)
+        outs = [_choice(refs) for refs in zip(*(refs for _, refs in plans), strict=True)]
+        return Body(tuple(nodes for nodes, _ in plans)), outs
     nodes, outs = _plan(inner[0], operands, rule, trips)
     return Body((nodes,)), outs
 
 
+def _choice(refs: Sequence[Ref | None]) -> Ref | None:
+    """One of several, whatever chooses: computed from parameters if all are."""
+    if not all(ref and ref.paths for ref in refs):
+        return None
+    paths = tuple(dict.fromkeys(path for ref in refs if ref for path in ref.paths))
+    return Ref(paths, refs[0].scans if refs[0] else (), view=False)
+
+
 def _result(eqn: Eqn, operands: list[Ref | None]) -> Ref | None:
     """What an equation's result is made of: data with a parameter is data."""
+    if eqn.primitive is lax.select_n_p and operands[0] is None:
+        return _choice(operands[1:])
     refs = [ref for ref in operands if ref is not None]
     # A slice of a parameter is one wherever its indices come from.
     sliced = eqn.primitive is lax.dynamic_slice_p and operands[0] is not None

@@ -1,6 +1,7 @@
 """`value_and_grad` in two jitted phases, so that what is kept between them is real."""
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -92,8 +93,15 @@ class ValueAndGrad:
 
     def _traced(self, params, args, kwargs) -> "tuple[Phases, list[Any]]":
         arrays, static = jaxprs.split((params, args, kwargs))
-        key = static, tuple(map(_abstract, arrays))
-        phases = self._phases.get(key)
+        # What jax reads while it traces, beside the arguments.
+        settings = jax.config.jax_default_matmul_precision, jax.config.jax_numpy_dtype_promotion
+        key = static, tuple(map(_abstract, arrays)), settings
+        try:
+            phases = self._phases.get(key)
+        except TypeError as error:
+            raise ValueError(
+                f"an argument that is no array must be hashable, since it is static: {error}"
+            ) from None
         if phases is None:
             chosen = choose(params, self._trainable)
             phases = trace_phases(self._loss_fn, chosen, self._has_aux, params, args, kwargs)
@@ -199,7 +207,9 @@ def trace_phases(
         return ((value, aux) if has_aux else value), tuple(outs[count:])
 
     def backward(saved, arrays):
-        got, want = map(_shapes, (jax.tree.leaves(saved), kept.variables))
+        if not isinstance(saved, tuple):
+            raise ValueError(f"saved is a {type(saved).__name__}; it must be what forward gave")
+        got, want = map(_shapes, (saved, kept.variables))
         if got != want:
             raise ValueError(
                 f"saved does not belong to these arguments: it holds {got}, and they need {want}"
@@ -210,8 +220,11 @@ def trace_phases(
 
 
 def _shapes(arrays: Sequence[Any]) -> str:
-    avals = [getattr(array, "aval", array) for array in arrays]
-    return ", ".join(f"{aval.dtype}{list(aval.shape)}" for aval in avals)
+    def described(array):
+        aval = getattr(array, "aval", array)
+        return f"{aval.dtype}{list(aval.shape)}" if jaxprs.is_array(aval) else repr(aval)
+
+    return ", ".join(map(described, arrays))
 
 
 def _struct(atom: Any) -> jax.ShapeDtypeStruct:
@@ -222,7 +235,7 @@ def _value_and_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
     if has_aux and not (isinstance(result, tuple) and len(result) == 2):
         raise ValueError("has_aux is True, but the loss returns no pair (scalar, aux)")
     value, aux = result if has_aux else (result, None)
-    if isinstance(value, tuple | list | dict):
+    if not (jaxprs.is_array(value) or isinstance(value, numbers.Number)):
         raise ValueError(
             f"the loss is a {type(value).__name__}; it must be a floating scalar, or a pair "
             "(scalar, aux) with has_aux=True"
@@ -230,4 +243,4 @@ def _value_and_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
     shape, dtype = jnp.shape(value), jnp.result_type(value)
     if shape or not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"the loss is {dtype} of shape {shape}; it must be a floating scalar")
-    return value, aux
+    return jnp.asarray(value), aux

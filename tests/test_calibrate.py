@@ -7,70 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from calibration import PATHS, calibrate, network, ops, setting, split
 from cases import PATH, TABLE, inputs
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from reference import Conv, Dense
+from reference import Conv
 from tolerances import assert_close, tolerance
 
 import lance_jax
 
 pytestmark = pytest.mark.usefixtures("exact_products")
-
-SAMPLES = 10
-PATHS = ["conv/kernel", "depthwise/kernel", "mix/kernel", "head/kernel"]
-
-
-def ops(samples: int = SAMPLES) -> dict[str, Conv | Dense]:
-    return {
-        "conv/kernel": Conv((samples, 5, 6, 3), (3, 3, 3, 4), padding="SAME"),
-        "depthwise/kernel": Conv((samples, 5, 6, 4), (3, 2, 1, 4), groups=4),
-        "mix/kernel": Dense("btf,fo->bto", (samples, 15, 4), (4, 5)),
-        "head/kernel": Dense("bf,fo->bo", (samples, 5), (5, 3)),
-    }
-
-
-def network(params, x, record=lambda path, x: None):
-    """A convolution, a depthwise one, a product over positions and a head."""
-
-    def weight(path, x):
-        record(path, x)
-        return params[path.split("/")[0]]["kernel"]
-
-    numbers = ("NHWC", "HWIO", "NHWC")
-    w = weight("conv/kernel", x)
-    x = jnp.tanh(lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=numbers))
-    w = weight("depthwise/kernel", x)
-    x = lax.conv_general_dilated(
-        x, w, (1, 1), "VALID", dimension_numbers=numbers, feature_group_count=4
-    )
-    x = jnp.tanh(x).reshape(len(x), 15, 4)
-    x = jnp.tanh(x @ weight("mix/kernel", x)).mean(1)
-    return x @ weight("head/kernel", x)
-
-
-@functools.cache
-def setting():
-    """(params, ten samples, the input of every layer over all of them)."""
-    generator = np.random.default_rng(0)
-    params = {
-        path.split("/")[0]: {"kernel": generator.normal(size=op.w_shape).astype(np.float32)}
-        for path, op in ops().items()
-    }
-    x = inputs(generator, (SAMPLES, 5, 6, 3)).astype(np.float32)
-    seen = {}
-    network(params, jnp.asarray(x), lambda path, x: seen.update({path: np.asarray(x)}))
-    return params, x, seen
-
-
-def split(x, *sizes):
-    return [jnp.asarray(part) for part in np.split(x, np.cumsum(sizes)[:-1])]
-
-
-def calibrate(batches=None, params=None, apply=network, **options):
-    default, x, _ = setting()
-    batches = split(x, 4, 4, 2) if batches is None else batches
-    return lance_jax.calibrate(apply, params or default, batches, **options)
 
 
 @functools.cache
@@ -417,79 +363,3 @@ def test_all_selects_agree_on_the_bases():
 
 
 # --- bad input -----------------------------------------------------------------------------------
-
-
-def never():
-    raise AssertionError("batches must not be read")
-    yield
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"energy": 0}, ["energy", "0", "(0, 1]"]),
-        ({"energy": -0.5}, ["energy", "-0.5", "(0, 1]"]),
-        ({"energy": 1.5}, ["energy", "1.5", "(0, 1]"]),
-        ({"energy": float("nan")}, ["energy", "nan", "(0, 1]"]),
-        ({"energy": "0.9"}, ["energy", "'0.9'", "(0, 1]"]),
-        ({"core_dtype": "int2"}, ["core_dtype", "int2", "int4", "int8", "bfloat16"]),
-        ({"core_dtype": "float16"}, ["core_dtype", "float16", "int4"]),
-        ({"modes": "papr"}, ["modes", "papr", "paper"]),
-        ({"modes": "channel"}, ["modes", "channel", "tuple"]),
-    ],
-)
-def test_bad_options_are_refused_before_anything_is_read(options, words):
-    with pytest.raises(ValueError) as error:
-        calibrate(never(), **options)
-    assert all(word in str(error.value) for word in words), error.value
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"modes": ("chanel",)}, ["chanel", "channel"]),
-        ({"modes": ("height", "depth")}, ["depth", "height"]),
-        ({"modes": ("channel",), "select": "head"}, ["channel", "feature"]),
-        ({"modes": ("patch", "channel"), "select": "conv"}, ["patch", "channel", "conv/kernel"]),
-        ({"select": "conw"}, ["conw", "conv/kernel"]),
-        ({"select": ["conv", "nothing"]}, ["nothing", "conv/kernel"]),
-        ({"select": []}, ["select", "conv/kernel"]),
-        ({"select": lambda layer: False}, ["select", "conv/kernel"]),
-        ({"batches": []}, ["batches", "empty"]),
-        ({"batches": iter(())}, ["batches", "empty"]),
-    ],
-)
-def test_bad_requests(options, words):
-    with pytest.raises(ValueError) as error:
-        calibrate(**options)
-    assert all(word in str(error.value) for word in words), error.value
-
-
-@pytest.mark.parametrize("n", [0, -1, 1.5, "2"])
-def test_bad_last(n):
-    with pytest.raises(ValueError, match="last"):
-        calibrate(select=lance_jax.last(n))
-
-
-@pytest.mark.parametrize("center", [False, True], ids=["plain", "centred"])
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_activations_that_are_not_finite(value, center):
-    _, x, _ = setting()
-    bad = x.copy()
-    bad[6, 2, 3, 1] = value
-    with pytest.raises(ValueError, match=r"conv/kernel.*(NaN|Inf)|(NaN|Inf).*conv/kernel"):
-        calibrate(split(bad, 4, 4, 2), center=center)
-
-
-def test_activations_that_are_all_zero():
-    params, x, _ = setting()
-    silent = {**params, "conv": {"kernel": np.zeros((3, 3, 3, 4), np.float32)}}
-    with pytest.raises(ValueError, match=r"depthwise/kernel.*zero"):
-        calibrate(params=silent)
-    with pytest.raises(ValueError, match=r"conv/kernel.*zero"):
-        calibrate(split(np.zeros_like(x), 4, 4, 2))
-
-
-def test_a_network_without_layers():
-    with pytest.raises(ValueError, match="layer"):
-        calibrate(apply=lambda params, x: x.sum() * params["conv"]["kernel"].sum())

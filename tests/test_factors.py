@@ -7,17 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import orthonormal
 
 import lance_jax
 from lance_jax import Factors, LayerFactors
 
 
 def conv_layer(**options):
-    return LayerFactors({"height": jnp.ones((6, 2)), "channel": jnp.ones((8, 3))}, **options)
+    return LayerFactors({"height": jnp.eye(6, 2), "channel": jnp.eye(8, 3)}, **options)
 
 
 def two_layers():
-    dense = LayerFactors({"feature": jnp.ones((16, 4), jnp.bfloat16)}, jnp.ones((16,)), "int4")
+    dense = LayerFactors({"feature": jnp.eye(16, 4, dtype=jnp.bfloat16)}, jnp.ones((16,)), "int4")
     return Factors({"conv/kernel": conv_layer(), "dense/kernel": dense})
 
 
@@ -66,7 +67,7 @@ def test_frozen():
 
 
 def test_later_changes_to_the_dictionaries_do_not_reach_in():
-    bases = {"feature": jnp.ones((4, 2))}
+    bases = {"feature": jnp.eye(4, 2)}
     layers = {"w": LayerFactors(bases)}
     fac = Factors(layers)
     bases.clear()
@@ -89,7 +90,7 @@ def test_a_pytree():
         for mode, basis in layer.bases.items():
             assert back[path].bases[mode] is basis
     double = jax.tree.map(lambda leaf: 2 * leaf, fac)
-    np.testing.assert_array_equal(double["conv/kernel"].bases["height"], 2 * np.ones((6, 2)))
+    np.testing.assert_array_equal(double["conv/kernel"].bases["height"], 2 * np.eye(6, 2))
 
 
 def test_leaves_have_readable_paths():
@@ -103,7 +104,7 @@ def test_leaves_have_readable_paths():
 
 def test_the_core_dtype_and_the_modes_belong_to_the_structure():
     def structure(core_dtype, mode="feature", path="w"):
-        layer = LayerFactors({mode: jnp.ones((4, 2))}, core_dtype=core_dtype)
+        layer = LayerFactors({mode: jnp.eye(4, 2)}, core_dtype=core_dtype)
         return jax.tree.structure(Factors({path: layer}))
 
     assert structure("int4") == structure("int4")
@@ -124,11 +125,11 @@ def test_an_argument_of_a_jitted_function():
 
     fac = two_layers()
     value, back = total(fac)
-    assert value == 24
+    assert value == 3
     assert isinstance(back, Factors)
     assert back["dense/kernel"].core_dtype == "int4"
     value, _ = total(jax.tree.map(lambda leaf: 3 * leaf, fac))
-    assert (value, traces) == (72, 1)
+    assert (value, traces) == (9, 1)
 
 
 def test_trees_of_anything_may_pass_through():
@@ -175,6 +176,36 @@ def test_unknown_core_dtype(dtype):
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "int8", "int4"])
 def test_known_core_dtypes(dtype):
     assert conv_layer(core_dtype=dtype).core_dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (([1, 2],), "bases is a list"),
+        (({"feature": [[1.0]]},), "'feature' basis is a list"),
+        (({}, 3.0), "mean is a float"),
+        (({"feature": np.ones((4, 2))},), "'feature' basis are not orthonormal.* by 4"),
+        (({"channel": jnp.stack([jnp.eye(3), 2 * jnp.eye(3)])},), "'channel' basis are not ortho"),
+        (({"feature": np.full((4, 2), np.nan)},), "'feature' basis holds NaN"),
+    ],
+)
+def test_bases_that_are_none(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        LayerFactors(*arguments)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_rounded_bases_are_welcome(dtype):
+    basis = orthonormal(np.random.default_rng(0), 64, 17).astype(jnp.dtype(dtype))
+    assert LayerFactors({"feature": basis}).ranks == {"feature": 17}
+
+
+def test_traced_bases_are_not_looked_at():
+    def ranks(basis):
+        return len(LayerFactors({"feature": basis}).bases)
+
+    assert jax.jit(ranks)(jnp.ones((4, 2))) == 1
+    assert LayerFactors({"feature": jax.ShapeDtypeStruct((4, 2), jnp.float32)}).nbytes == 32
 
 
 def test_something_else_than_layer_factors():

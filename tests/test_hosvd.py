@@ -110,6 +110,11 @@ def test_bad_energy(energy):
         (np.zeros((3, 3)), "zero"),
         (np.full((3, 3), np.nan), "NaN"),
         (np.diag([1.0, np.inf]), "Inf"),
+        (np.eye(3) * (1 + 2j), "complex128; it must be real"),
+        (np.array([["1"]]), "<U1; it must be real"),
+        (np.diag([1.0, 0.5, -0.2]), "positive semi-definite"),
+        (-np.eye(2), "positive semi-definite"),
+        (np.array([[1.0, 0.9], [-0.9, 1.0]]), "symmetric"),
     ],
 )
 def test_bad_gram(gram, words):

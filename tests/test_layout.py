@@ -33,6 +33,7 @@ ORDER = [
     "checkpoint",
     "metrics",
     "loop",
+    "config",
     "train",
     "main",
 ]

@@ -58,7 +58,7 @@ BAD_FACTORS = {
         ["(4,)"],
     ),
     "stacked where nothing is scanned": (
-        lambda: feature({"encoder/block0/kernel": jnp.ones((3, 4, 2))}),
+        lambda: feature({"encoder/block0/kernel": jnp.stack([orthonormal(4, 2)] * 3)}),
         ["encoder/block0/kernel", "(3, 4, 2)"],
     ),
     "integer basis": (

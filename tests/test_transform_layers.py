@@ -186,6 +186,35 @@ def test_skipped_weight_computed_from_parameters():
     assert "w" in " ".join(skipped.path for skipped in found.skipped)
 
 
+@pytest.mark.parametrize("choose", ["where", "cond", "switch"])
+def test_skipped_weight_chosen_by_data(choose):
+    def apply_fn(p, x):
+        first = x[0, 0] > 0
+        if choose == "where":
+            w = jnp.where(first, p["w"], p["v"].T)
+        elif choose == "cond":
+            w = lax.cond(first, lambda: p["w"], lambda: p["v"].T)
+        else:
+            forms = [lambda p=p: p["w"], lambda p=p: p["v"].T, lambda p=p: p["w"] + p["v"].T]
+            w = lax.switch(first.astype(int), forms)
+        return x @ w
+
+    params = {"w": random(4, 3), "v": random(3, 4)}
+    found = lance_jax.layers(apply_fn, params, random(2, 4))
+    assert list(found) == []
+    ((path, reason),) = found.skipped
+    assert set(path.split(" + ")) == {"w", "v"} and "computed" in reason
+
+
+def test_an_activation_chosen_between_parameters_is_data():
+    def apply_fn(p, x):
+        return jnp.where(x > 0, p["a"], p["b"]) @ p["w"]
+
+    params = {"a": random(4), "b": random(4), "w": random(4, 3)}
+    (layer,) = lance_jax.layers(apply_fn, params, random(2, 4))
+    assert layer.path == "w"
+
+
 def test_skipped_in_shard_map():
     mesh, split = two_devices(), PartitionSpec("data")
 
