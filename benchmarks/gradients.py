@@ -1,11 +1,13 @@
 """How near LANCE's weight gradients are to plain backprop's: `python -m benchmarks.gradients`.
 
 The cosine of the two gradients of each compressed layer, at the same parameters and on the same
-batches, mean over batches: after calibration with a trained head, and at the end of training.
+batches, mean over batches: after calibration with a trained head, for several energies, and at the
+end of training. A seed takes some minutes; give the missing `--seeds` to go on.
 """
 
 import argparse
 import itertools
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -17,38 +19,57 @@ from benchmarks.step_time import batches
 from lance_jax import loop, train
 
 BATCHES = 8
+ENERGIES = (0.9, 0.95, 0.97, 0.98, 0.99)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", choices=tasks.DATA, default="cifar10")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
+    parser.add_argument("--energies", type=float, nargs="+", default=list(ENERGIES))
     arguments = parser.parse_args()
     for seed in arguments.seeds:
-        for record in measure(arguments.data, seed):
+        for record in measure(arguments.data, seed, arguments.energies):
             print(record)
             records.append(records.RESULTS / "gradients.jsonl", record)
 
 
-def measure(data: str, seed: int, **settings) -> list[dict]:
-    """Two records, `when` being "calibration" and "end"; `cosines` by path of the layer."""
+def measure(
+    data: str, seed: int, energies: Iterable[float] = ENERGIES, **settings
+) -> Iterator[dict]:
+    """Records with `cosines` by path of the layer; `when` is "calibration" or "end".
+
+    After calibration for each of the energies, with the parameters of a trained head; at the end
+    for the configuration's own.
+    """
     config = tasks.config(data, seed=seed, **settings)
     workdir = tasks.RUNS / f"gradients-{data}-{seed}"
     problem = train.prepare(config, workdir)
     head, lance = (
         train.fit_method(config, problem, method, workdir / method) for method in ("head", "lance")
     )
-    return [
-        {
+
+    def record(when: str, energy: float, factors, params) -> dict:
+        fitted = lance._replace(factors=factors)
+        saved, saved_backprop = train.saved_bytes(config, "lance", problem, fitted)
+        return {
             "data": data,
             "seed": seed,
             "when": when,
-            "cosines": cosines(config, problem, lance.factors, params),
+            "energy": energy,
+            "cosines": cosines(config, problem, factors, params),
+            "times_fewer": saved_backprop["total"] / saved["total"],
             "config": config.to_dict(),
             "versions": train.versions(),
+            "device": train.device(),
         }
-        for when, params in {"calibration": head.params, "end": lance.params}.items()
-    ]
+
+    for energy in energies:
+        other = config.copy_and_resolve_references()
+        other.energy = energy
+        factors = train.calibration(other, problem)()
+        yield record("calibration", energy, factors, head.params)
+    yield record("end", config.energy, lance.factors, lance.params)
 
 
 def cosines(config, problem, factors, params) -> dict[str, float]:

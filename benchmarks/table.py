@@ -24,9 +24,9 @@ METHODS = {
     "paper": "LANCE, `paper` modes",
 }
 DATA = {
-    "digits": "Digits, small residual network, classes 5 to 9",
-    "cifar10": "CIFAR-10, MCUNet, last 4 pointwise convolutions",
-    "pets": "Oxford-IIIT Pet, seven breeds, same network",
+    "digits": "Digits: small residual network, last {trainable_layers} convolutions, {classes}",
+    "cifar10": "CIFAR-10: MCUNet, last {trainable_layers} pointwise convolutions, {classes}",
+    "pets": "Oxford-IIIT Pet: MCUNet, last {trainable_layers} pointwise convolutions, {classes}",
 }
 
 
@@ -45,15 +45,19 @@ def main() -> None:
 def blocks(results: Path) -> dict[str, str]:
     """Markdown text by block name, from the JSON lines under `results`."""
     finetune = by_method(records.read(results / "finetune.jsonl"))
+    gradients = newest(records.read(results / "gradients.jsonl"), "data", "seed", "when", "energy")
     return {
         "sentence": sentence(finetune["cifar10"]),
         "finetune": "\n\n".join(
-            f"**{title}**\n\n{accuracy_table(finetune[data])}"
-            for data, title in DATA.items()
+            f"**{title(data, finetune[data])}**\n\n{accuracy_table(finetune[data])}"
+            for data in DATA
             if finetune[data]
         ),
-        "gradients": gradient_table(records.read(results / "gradients.jsonl")),
-        "step_time": step_table(records.read(results / "step_time.jsonl")),
+        "gradients": gradient_table(gradients),
+        "energy": energy_table(gradients),
+        "step_time": step_table(
+            newest(records.read(results / "step_time.jsonl"), "data", "baseline", "device")
+        ),
     }
 
 
@@ -69,21 +73,41 @@ def fill(text: str, contents: dict[str, str]) -> str:
     )
 
 
+def newest(rows: list[dict], *keys: str) -> list[dict]:
+    """The last written of the rows that agree in all keys."""
+    return list({tuple(row[key] for key in keys): row for row in rows}.values())
+
+
 def by_method(cells: list[dict]) -> defaultdict[str, defaultdict[str, dict[int, dict]]]:
-    """Test cells as data -> method -> seed -> cell.
+    """Test cells as data -> method -> seed -> cell, of the configuration last measured.
 
     Of a grid that is not finished, the methods that have all of backprop's seeds, two at least.
     """
     table = defaultdict(lambda: defaultdict(dict))
     for cell in cells:
         if cell["split"] == "test":
-            table[cell["data"]][cell["method"]][cell["seed"]] = cell
+            runs = table[cell["data"]][cell["method"]]
+            if any(settings(run) != settings(cell) for run in runs.values()):
+                runs.clear()
+            runs[cell["seed"]] = cell
     for runs in table.values():
         seeds = runs["backprop"].keys()
         for method in list(runs):
             if len(seeds) < 2 or not seeds <= runs[method].keys():
                 del runs[method]
     return table
+
+
+def settings(cell: dict) -> dict:
+    """What the cells of one method have in common."""
+    return {**cell["result"]["config"], "seed": None}
+
+
+def title(data: str, runs: dict[str, dict[int, dict]]) -> str:
+    config = next(iter(runs["backprop"].values()))["result"]["config"]
+    names = config["classes"]
+    classes = f"{len(names.split(','))} of its classes" if names else "all classes"
+    return DATA[data].format(trainable_layers=config["trainable_layers"], classes=classes)
 
 
 def spread(values: list[float]) -> tuple[float, float]:
@@ -129,7 +153,7 @@ def sentence(runs: dict[str, dict[int, dict]]) -> str:
 
 
 def accuracy_table(runs: dict[str, dict[int, dict]]) -> str:
-    """One row a method: accuracy, difference to backprop, training loss, bytes, time."""
+    """One row a method: accuracy, difference to backprop, training loss, bytes."""
     rows = [accuracy_row(method, runs) for method in METHODS if method in runs]
     return markdown(
         [
@@ -140,7 +164,6 @@ def accuracy_table(runs: dict[str, dict[int, dict]]) -> str:
             "training loss",
             "kept, kB: layer inputs / all",
             "times fewer, all",
-            "step, ms",
         ],
         rows,
     )
@@ -163,24 +186,43 @@ def accuracy_row(method: str, runs: dict[str, dict[int, dict]]) -> list[str]:
         f"{np.mean([result['loss'] for result in results]):.3f}",
         f"{saved['layer_inputs'] / 1000:,.0f} / {saved['total'] / 1000:,.0f}",
         f"{gain(results[0], 'total'):.1f}",
-        f"{1000 * np.median([result['step_seconds']['median'] for result in results]):.0f}",
     ]
 
 
 def gradient_table(rows: list[dict]) -> str:
-    """Cosine of LANCE's and plain backprop's weight gradients: mean over seeds, by layer."""
+    """Cosine of LANCE's and plain backprop's weight gradients by layer, at the default energy."""
     cosines = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        for path, cosine in row["cosines"].items():
-            cosines[path][row["when"]].append(cosine)
-    moments = ["calibration", "end"]
+        if row["energy"] == row["config"]["energy"]:
+            for path, cosine in row["cosines"].items():
+                cosines[path][row["when"]].append(cosine)
     return markdown(
         ["layer", "after calibration", "at the end of training"],
         [
-            [f"`{path}`", *(f"{np.mean(by_moment[moment]):.3f}" for moment in moments)]
+            [f"`{path}`", *(mean_and_least(by_moment[when]) for when in ("calibration", "end"))]
             for path, by_moment in cosines.items()
         ],
     )
+
+
+def energy_table(rows: list[dict]) -> str:
+    """What each energy costs and gives, after calibration: the layer of the least cosine."""
+    gains, cosines = defaultdict(list), defaultdict(list)
+    for row in rows:
+        if row["when"] == "calibration":
+            gains[row["energy"]].append(row["times_fewer"])
+            cosines[row["energy"]].append(min(row["cosines"].values()))
+    return markdown(
+        ["energy", "times fewer bytes, all", "worst layer's cosine"],
+        [
+            [f"{energy:g}", f"{np.mean(gains[energy]):.1f}", mean_and_least(cosines[energy])]
+            for energy in sorted(gains)
+        ],
+    )
+
+
+def mean_and_least(values: list[float]) -> str:
+    return f"{np.mean(values):.3f} (least {min(values):.3f}, n = {len(values)})"
 
 
 def step_table(rows: list[dict]) -> str:

@@ -1,6 +1,11 @@
-"""The three data sets that are measured, as configs of the program; run from the root."""
+"""The three data sets that are measured, as configs of the program; run from the root.
+
+Pictures and weights lie under the directory that the environment variable LANCE_JAX_DATA names, as
+tfds/ and weights/mcunet-5fps.safetensors.
+"""
 
 import importlib
+import os
 from pathlib import Path
 
 import ml_collections
@@ -9,9 +14,10 @@ RUNS = Path("workdir/benchmarks")  # working directories, so that a killed run g
 COMPLETE_BREEDS = (
     "Abyssinian,american_bulldog,Bengal,german_shorthaired,havanese,Maine_Coon,pomeranian"
 )
+_PLACE = os.environ.get("LANCE_JAX_DATA", "../shared/data")
 PREPARED = {
-    "data_dir": "../shared/data/tfds",
-    "weights": "../shared/data/weights/mcunet-5fps.safetensors",
+    "data_dir": f"{_PLACE}/tfds",
+    "weights": f"{_PLACE}/weights/mcunet-5fps.safetensors",
 }
 DATA = {"digits": {}, "cifar10": PREPARED, "pets": PREPARED | {"classes": COMPLETE_BREEDS}}
 

@@ -83,8 +83,10 @@ def test_ratio_is_of_medians_within_its_interval():
 
 
 def test_gradients_measures_every_layer_at_both_moments(tmp_path):
-    found = gradients.measure("digits", seed=0, **SMALL)
-    assert [record["when"] for record in found] == ["calibration", "end"]
+    found = list(gradients.measure("digits", 0, [0.9, 0.98], **SMALL))
+    assert [record["when"] for record in found] == ["calibration", "calibration", "end"]
+    assert [record["energy"] for record in found] == [0.9, 0.98, 0.98]
+    assert found[0]["times_fewer"] > found[1]["times_fewer"] == found[2]["times_fewer"]
     for record in found:
         records.append(tmp_path / "gradients.jsonl", record)
         assert len(record["cosines"]) == 4

@@ -11,7 +11,9 @@ from benchmarks import records, table
 T4 = 2.776445
 
 
-def cell(method: str, seed: int, accuracy: float, split: str = "test") -> dict:
+def cell(
+    method: str, seed: int, accuracy: float, split: str = "test", energy: float = 0.98
+) -> dict:
     small = method != "backprop"
     return {
         "data": "cifar10",
@@ -20,11 +22,11 @@ def cell(method: str, seed: int, accuracy: float, split: str = "test") -> dict:
         "seed": seed,
         "learning_rate": 0.05,
         "result": {
+            "config": {"seed": seed, "classes": "", "trainable_layers": 4, "energy": energy},
             "test_accuracy": accuracy,
             "loss": 0.25,
             "saved_bytes": {"layer_inputs": 50_000 if small else 9_000_000, "total": 600_000},
             "saved_bytes_backprop": {"layer_inputs": 9_000_000, "total": 9_600_000},
-            "step_seconds": {"median": 0.1, "min": 0.09, "max": 0.2},
         },
     }
 
@@ -67,9 +69,44 @@ def test_row_shows_mean_spread_bytes_and_ratio(results):
     (row,) = [line for line in text.splitlines() if line.startswith("| LANCE |")]
     mean, deviation = 100 * np.mean(LANCE), 100 * np.std(LANCE, ddof=1)
     assert f"{mean:.1f} ± {deviation:.1f}, n = 5" in row  # the validation cell is not among them
-    assert "50 / 600" in row and "| 16.0 |" in row and "| 100 |" in row
+    assert "50 / 600" in row and row.endswith("| 16.0 |")
     assert "16.0 times fewer" in table.blocks(results)["sentence"]
     assert "180 times fewer" in table.blocks(results)["sentence"]
+
+
+def test_a_method_measured_anew_replaces_all_of_its_former_cells(results):
+    path = results / "finetune.jsonl"
+    records.append(path, cell("lance", 0, 0.9, energy=0.5))
+    assert "lance" not in table.by_method(records.read(path))["cifar10"], "one seed of five"
+    for seed in range(1, 5):
+        records.append(path, cell("lance", seed, 0.9, energy=0.5))
+    assert "| LANCE | 0.05 | 90.0 ± 0.0, n = 5 |" in table.blocks(results)["finetune"]
+
+
+def test_the_newest_of_equal_rows_counts():
+    rows = [{"a": 1, "b": 1}, {"a": 2, "b": 1}, {"a": 1, "b": 2}]
+    assert table.newest(rows, "a") == [{"a": 1, "b": 2}, {"a": 2, "b": 1}]
+
+
+def gradient(when, energy, cosine, seed=0):
+    cosines = {"blocks_1/conv1": cosine, "blocks_1/conv3": 0.99}
+    row = {"data": "cifar10", "seed": seed, "when": when, "energy": energy, "cosines": cosines}
+    return {**row, "times_fewer": 14.0 + seed, "config": {"energy": 0.98}}
+
+
+def test_gradients_are_shown_at_the_default_energy_and_over_energies(results):
+    rows = [gradient("calibration", 0.9, 0.9), gradient("end", 0.98, 0.7)]
+    rows += [gradient("calibration", 0.98, cosine, seed) for seed, cosine in ((0, 0.5), (1, 0.98))]
+    rows += [gradient("calibration", 0.98, 0.96)]  # the first of seed 0 measured again
+    for row in rows:
+        records.append(results / "gradients.jsonl", row)
+    blocks = table.blocks(results)
+    want = "| `blocks_1/conv1` | 0.970 (least 0.960, n = 2) | 0.700 (least 0.700, n = 1) |"
+    assert want in blocks["gradients"]
+    assert blocks["energy"].splitlines()[2:] == [
+        "| 0.9 | 14.0 | 0.900 (least 0.900, n = 1) |",
+        "| 0.98 | 14.5 | 0.970 (least 0.960, n = 2) |",
+    ]
 
 
 def test_fill_replaces_each_block_and_nothing_else(results):
