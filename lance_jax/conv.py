@@ -162,7 +162,8 @@ class Conv:
     ) -> jax.Array:
         """dW at the projected input, from the core alone, in the cheapest order by MACs."""
         dy = dy.transpose(self.y_axes)
-        _, expand, project, shifted = self._cheapest({m: u.shape[-1] for m, u in bases.items()})
+        ranks = tuple((mode, u.shape[-1]) for mode, u in bases.items())
+        _, expand, project, shifted = _cheapest(self, ranks)
         matrices = self._matrices(bases)
         core = apply_chain(core, {a: u.T for a, u in matrices.items()}, expand, self.precision)
         dy = apply_chain(dy, matrices, project, self.precision)
@@ -177,17 +178,7 @@ class Conv:
         return dw.transpose(tuple(np.argsort(self.w_axes))).astype(dtype)
 
     def weight_gradient_macs(self, ranks: Mapping[str, int]) -> int:
-        return self._cheapest(dict(ranks))[0]
-
-    def _cheapest(self, ranks: dict[str, int]) -> tuple[int, Steps, Steps, Steps]:
-        """(MACs, expansions of the core, projections of dy, shifted projections of dy).
-
-        The batch basis expands the core or projects dy. The spatial bases expand the core while
-        its channel is small, and a convolution follows; or, shifted by each tap of the kernel,
-        they project dy, and a matrix product follows. The channel basis comes last. Without one
-        the core is never expanded: that would rebuild the input.
-        """
-        return _cheapest(self, tuple(ranks.items()))
+        return _cheapest(self, tuple(ranks.items()))[0]
 
     def _plain_gradient(self, core: jax.Array, dy: jax.Array) -> jax.Array:
         """(spatial..., channel / groups, out) from whole spatial axes."""
@@ -322,6 +313,13 @@ class Conv:
 
 @functools.lru_cache(maxsize=4096)
 def _cheapest(layer: Conv, ranks: tuple[tuple[str, int], ...]) -> tuple[int, Steps, Steps, Steps]:
+    """(MACs, expansions of the core, projections of dy, shifted projections of dy), the cheapest.
+
+    The batch basis expands the core or projects dy. The spatial bases expand the core while its
+    channel is small, and a convolution follows; or, shifted by each tap of the kernel, they project
+    dy, and a matrix product follows. The channel basis comes last. Without one the core is never
+    expanded: that would rebuild the input.
+    """
     rank = dict(ranks)
     *kernel, i, out = layer._w_sizes
     n, *ys, _ = layer._y_sizes

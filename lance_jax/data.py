@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import einops
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -58,7 +59,7 @@ def _read(image: bytes | np.ndarray, side: int) -> np.ndarray:
 def digits(split: str, classes: Sequence[str] = ()) -> Pictures:
     """Scikit-learn's handwritten digits, 8x8x1 in -1 to 1; three in ten pictures are the test."""
     pixels, target = load_digits(return_X_y=True)
-    images = (np.asarray(pixels).reshape(-1, 8, 8, 1) / 8 - 1).astype(np.float32)
+    images = einops.rearrange(np.asarray(pixels, np.float32), "n (h w) -> n h w 1", h=8) / 8 - 1
     labels = np.asarray(target).astype(np.int32)
     parts = train_test_split(
         np.arange(len(labels)), test_size=0.3, random_state=DIGITS_SPLIT_SEED, stratify=labels

@@ -35,6 +35,7 @@ class Dense:
     precision: Any
 
     kind = "dense"
+    depthwise = False
 
     @classmethod
     def of(cls, eqn: Any, x_is_lhs: bool) -> "Dense":
@@ -82,8 +83,9 @@ class Dense:
     def default_modes(self) -> tuple[str, ...]:
         return tuple(mode for mode in self.modes if mode != "batch")
 
-    paper_modes = property(lambda self: tuple(self.modes))
-    depthwise = False
+    @property
+    def paper_modes(self) -> tuple[str, ...]:
+        return tuple(self.modes)
 
     def basis_shape(self, mode: str) -> tuple[int, ...]:
         """The shape that a basis of this mode has, without its rank."""
@@ -127,7 +129,8 @@ class Dense:
         self, core: jax.Array, dy: jax.Array, bases: Mapping[str, jax.Array], dtype: Any
     ) -> jax.Array:
         """dW at the projected input, from the core alone, in the cheapest order by MACs."""
-        _, core_steps, dy_steps = self._cheapest({m: u.shape[1] for m, u in bases.items()})
+        ranks = tuple((mode, u.shape[1]) for mode, u in bases.items())
+        _, core_steps, dy_steps = _cheapest(self, ranks)
         matrices = self._matrices(bases)
         dy = apply_chain(self._dy(dy), matrices, dy_steps, self.precision)
         expand = {axis: u.T for axis, u in matrices.items()}
@@ -142,15 +145,7 @@ class Dense:
         return self._w(dw).astype(dtype)
 
     def weight_gradient_macs(self, ranks: Mapping[str, int]) -> int:
-        return self._cheapest(dict(ranks))[0]
-
-    def _cheapest(self, ranks: dict[str, int]) -> tuple[int, Steps, Steps]:
-        """(MACs, expansions of the core, projections of dy).
-
-        Each basis of a free axis either expands the core or projects dy; the feature basis comes
-        last. Without one, not all may expand the core: that would rebuild the input.
-        """
-        return _cheapest(self, tuple(ranks.items()))
+        return _cheapest(self, tuple(ranks.items()))[0]
 
     # --- the layer's own tensors ---
 
@@ -185,6 +180,11 @@ class Dense:
 
 @functools.lru_cache(maxsize=4096)
 def _cheapest(layer: Dense, ranks: tuple[tuple[str, int], ...]) -> tuple[int, Steps, Steps]:
+    """(MACs, expansions of the core, projections of dy) of the cheapest weight gradient.
+
+    Each basis of a free axis either expands the core or projects dy; the feature basis comes last.
+    Without one, not all may expand the core: that would rebuild the input.
+    """
     sizes = layer.modes
     feature = dict(ranks).get("feature")
     free = [(layer._axis(m), sizes[m], r) for m, r in ranks if m != "feature"]

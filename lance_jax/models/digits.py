@@ -1,8 +1,8 @@
 """A small residual network for 8x8 grey digits, without normalisation layers."""
 
+import einops
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 BLOCKS = ((32, 1), (64, 2), (64, 1), (64, 1))  # (channels, stride)
 
@@ -41,7 +41,7 @@ class DigitsNet(nn.Module):
         for i in range(len(BLOCKS))[self.start : self.stop]:
             x = ResidualBlock(*BLOCKS[i], name=f"blocks_{i}")(x)
         if self.classes is not None:
-            x = nn.Dense(self.classes, name="head")(jnp.mean(x, axis=(1, 2)))
+            x = nn.Dense(self.classes, name="head")(einops.reduce(x, "n h w c -> n c", "mean"))
         return x
 
 

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import einops
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
@@ -88,7 +88,7 @@ class MCUNet(nn.Module):
         for i in range(len(net.blocks))[self.start : self.stop]:
             x = InvertedResidual(net.blocks[i], name=f"blocks_{i}")(x)
         if self.classes is not None:
-            x = nn.Dense(self.classes, name="head")(jnp.mean(x, axis=(1, 2)))
+            x = nn.Dense(self.classes, name="head")(einops.reduce(x, "n h w c -> n c", "mean"))
         return x
 
 
@@ -162,8 +162,9 @@ def _to_linen(tensors: dict[str, np.ndarray], path: str | Path) -> dict[str, np.
                     f"weights file {str(path)!r}: {name!r} has shape {tensor.shape}; it must be "
                     "that of a convolution, (out, in, height, width)"
                 )
-            # OIHW -> HWIO; a depthwise (C, 1, k, k) becomes (k, k, 1, C)
-            leaf, tensor = "kernel", np.ascontiguousarray(tensor.transpose(2, 3, 1, 0))
+            # a depthwise (C, 1, k, k) becomes (k, k, 1, C)
+            leaf = "kernel"
+            tensor = np.ascontiguousarray(einops.rearrange(tensor, "out i h w -> h w i out"))
         params["/".join([*modules, leaf])] = tensor
     return params
 
