@@ -1,6 +1,30 @@
-"""The settings that every run has, with their defaults; `configs/` state what differs."""
+"""The settings that every run has, with their defaults, and what they must be.
 
+The files in `configs/` state what differs from the defaults.
+"""
+
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
 import ml_collections
+import numpy as np
+
+from lance_jax import metrics
+from lance_jax.data import Pictures
+from lance_jax.factors import CORE_DTYPES
+
+Config = Any  # an ml_collections.ConfigDict, whose own annotations fit no field
+
+METHODS = ("head", "bias", "backprop", "lance")
+MODES = ("paper", "none", "batch", "height", "width", "channel", "patch")
+# what may change between two runs in one working directory; anything else changes the results
+FREE_FIELDS = ("method", "cache_dir")
 
 
 def base() -> ml_collections.ConfigDict:
@@ -50,3 +74,101 @@ def mcunet() -> ml_collections.ConfigDict:
     config.weights = "mcunet-5fps.safetensors"
     config.cache_dir = "~/.cache/lance_jax"  # of frozen features; "" for memory alone
     return config
+
+
+def names(value: str | Sequence[str]) -> tuple[str, ...]:
+    """The names in "a,b" or ("a", "b")."""
+    parts = value.split(",") if isinstance(value, str) else value
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def check(config: Config, workdir: str | Path) -> None:
+    """ValueError for a setting or a working directory that cannot be; reads no data."""
+    _check_fields(config)
+    methods = names(config.method)
+    allowed = {
+        "method": (METHODS, methods),
+        "model": (("digits", "mcunet"), [config.model]),
+        "eval_split": (("test", "validation"), [config.eval_split]),
+        "modes": (("", *MODES), names(config.modes)),
+        "core_dtype": (("", *filter(None, CORE_DTYPES)), [config.core_dtype]),
+    }
+    for field, (known, given) in allowed.items():
+        for value in given:
+            if value not in known:
+                raise ValueError(
+                    f"config.{field} is {value!r}; it must be one of {', '.join(map(repr, known))}"
+                )
+    if not methods:
+        raise ValueError(f"config.method is empty; give one or more of {','.join(METHODS)}")
+    for field in ("epochs", "batch_size", "log_every", "checkpoint_every", "calibration_batches"):
+        if config[field] < 1:
+            raise ValueError(f"config.{field} is {config[field]}; it must be at least 1")
+    if not 0 < config.energy <= 1:
+        raise ValueError(f"config.energy is {config.energy}; it must lie in (0, 1]")
+    positive = {"clip": config.clip}
+    positive |= {f"learning_rate.{method}": config.learning_rate[method] for method in methods}
+    for field, value in positive.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"config.{field} is {value}; it must be positive and finite")
+    _check_writable(workdir, "--workdir")
+    if config.get("cache_dir"):
+        _check_writable(config.cache_dir, "config.cache_dir")
+    _compare_claim(Path(workdir), "config", _fixed(config))
+
+
+def _check_fields(config: Config) -> None:
+    """All fields are there, and numbers where numbers belong."""
+    origin = mcunet if config.get("model") == "mcunet" else base
+    for name, default in origin().items():
+        if name not in config:
+            raise ValueError(
+                f"config.{name} is missing; begin with lance_jax.config.{origin.__name__}()"
+            )
+        kind = {int: int, float: (int, float)}.get(type(default))
+        if kind and not isinstance(config[name], kind):
+            raise ValueError(f"config.{name} is {config[name]!r}; it must be a number")
+
+
+def _check_writable(directory: str | Path, setting: str) -> None:
+    try:
+        path = Path(directory).expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to {setting} {str(directory)!r}: {error.strerror}"
+        ) from None
+
+
+def claim(config: Config, workdir: Path, pictures: Mapping[str, Pictures], params: Any) -> None:
+    """Writes WORKDIR/config.json: one working directory, one configuration, the same inputs.
+
+    Not before weights and data are known to be there: a mistyped name must not take the directory.
+    """
+    weights = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        weights.update(np.asarray(leaf).tobytes())
+    digests = {split: part.fingerprint() for split, part in pictures.items()}
+    digests["weights"] = weights.hexdigest()
+    _compare_claim(workdir, "contents", digests)
+    if not (workdir / "config.json").exists():
+        held = json.dumps({"config": _fixed(config), "contents": digests}, indent=2)
+        metrics.write_atomically(workdir / "config.json", held + "\n")
+
+
+def _fixed(config: Config) -> dict[str, Any]:
+    return {name: value for name, value in config.to_dict().items() if name not in FREE_FIELDS}
+
+
+def _compare_claim(workdir: Path, key: str, values: dict[str, Any]) -> None:
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    claimed = json.loads(path.read_text())[key]
+    for name, value in json.loads(json.dumps(values)).items():
+        if claimed.get(name) != value:
+            raise ValueError(
+                f"--workdir {str(workdir)!r} holds a run with {key}.{name} = "
+                f"{claimed.get(name)!r}, not {value!r}; choose another directory"
+            )

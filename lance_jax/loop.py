@@ -15,10 +15,10 @@ from rich.progress import Progress
 import lance_jax
 from lance_jax import data, metrics
 from lance_jax.checkpoint import Checkpoint, Checkpoints
+from lance_jax.config import Config
 
 WARM_UP_STEPS = 3  # of each process, not timed: they compile
 
-Config = Any  # an ml_collections.ConfigDict, whose own annotations fit no field
 ApplyFn = Callable[[Any, Any], Any]
 StepFn = Callable[[Any, np.ndarray], tuple[Any, float, float]]
 

@@ -2,10 +2,8 @@
 
 import itertools
 import json
-import math
 import os
 import platform
-import tempfile
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,17 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import lance_jax
-import lance_jax.config
 from lance_jax import data, metrics
-from lance_jax.factors import CORE_DTYPES
-from lance_jax.loop import ApplyFn, Config, Examples, Fitted, fit, for_device, loss_of
+from lance_jax.config import Config, check, claim, names
+from lance_jax.loop import ApplyFn, Examples, Fitted, fit, for_device, loss_of
 from lance_jax.models import digits, mcunet
 
-METHODS = ("head", "bias", "backprop", "lance")
-MODES = ("paper", "none", "batch", "height", "width", "channel", "patch")
 PREFIX_BATCH = 32  # pictures at a time through the frozen prefix
-# what may change between two runs in one working directory; anything else changes the results
-FREE_FIELDS = ("method", "cache_dir")
 
 
 class Problem(NamedTuple):
@@ -112,97 +105,6 @@ def fit_method(config: Config, problem: Problem, method: str, directory: Path) -
         ) from None
 
 
-def names(value: str | Sequence[str]) -> tuple[str, ...]:
-    """The names in "a,b" or ("a", "b")."""
-    parts = value.split(",") if isinstance(value, str) else value
-    return tuple(part.strip() for part in parts if part.strip())
-
-
-def check(config: Config, workdir: str | Path) -> None:
-    """ValueError for a setting or a working directory that cannot be; reads no data."""
-    _check_fields(config)
-    methods = names(config.method)
-    allowed = {
-        "method": (METHODS, methods),
-        "model": (("digits", "mcunet"), [config.model]),
-        "eval_split": (("test", "validation"), [config.eval_split]),
-        "modes": (("", *MODES), names(config.modes)),
-        "core_dtype": (("", *filter(None, CORE_DTYPES)), [config.core_dtype]),
-    }
-    for field, (known, given) in allowed.items():
-        for value in given:
-            if value not in known:
-                raise ValueError(
-                    f"config.{field} is {value!r}; it must be one of {', '.join(map(repr, known))}"
-                )
-    if not methods:
-        raise ValueError(f"config.method is empty; give one or more of {','.join(METHODS)}")
-    for field in ("epochs", "batch_size", "log_every", "checkpoint_every", "calibration_batches"):
-        if config[field] < 1:
-            raise ValueError(f"config.{field} is {config[field]}; it must be at least 1")
-    if not 0 < config.energy <= 1:
-        raise ValueError(f"config.energy is {config.energy}; it must lie in (0, 1]")
-    positive = {"clip": config.clip}
-    positive |= {f"learning_rate.{method}": config.learning_rate[method] for method in methods}
-    for field, value in positive.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"config.{field} is {value}; it must be positive and finite")
-    _check_writable(workdir, "--workdir")
-    if config.get("cache_dir"):
-        _check_writable(config.cache_dir, "config.cache_dir")
-    _compare_claim(config, Path(workdir))
-
-
-def _check_fields(config: Config) -> None:
-    """All fields are there, and numbers where numbers belong."""
-    origin = "mcunet" if config.get("model") == "mcunet" else "base"
-    for name, default in getattr(lance_jax.config, origin)().items():
-        if name not in config:
-            raise ValueError(f"config.{name} is missing; begin with lance_jax.config.{origin}()")
-        kind = {int: int, float: (int, float)}.get(type(default))
-        if kind and not isinstance(config[name], kind):
-            raise ValueError(f"config.{name} is {config[name]!r}; it must be a number")
-
-
-def _check_writable(directory: str | Path, setting: str) -> None:
-    try:
-        path = Path(directory).expanduser()
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise ValueError(
-            f"cannot write to {setting} {str(directory)!r}: {error.strerror}"
-        ) from None
-
-
-def claim(config: Config, workdir: Path) -> None:
-    """Writes WORKDIR/config.json: one working directory, one configuration.
-
-    Not before weights and data are known to be there: a mistyped name must not take the directory.
-    """
-    if not (workdir / "config.json").exists():
-        metrics.write_atomically(
-            workdir / "config.json", json.dumps(_fixed(config), indent=2) + "\n"
-        )
-
-
-def _fixed(config: Config) -> dict[str, Any]:
-    return {name: value for name, value in config.to_dict().items() if name not in FREE_FIELDS}
-
-
-def _compare_claim(config: Config, workdir: Path) -> None:
-    path = workdir / "config.json"
-    if not path.exists():
-        return
-    claimed = json.loads(path.read_text())
-    for name, value in json.loads(json.dumps(_fixed(config))).items():
-        if claimed.get(name) != value:
-            raise ValueError(
-                f"--workdir {str(workdir)!r} holds a run with config.{name} = "
-                f"{claimed.get(name)!r}, not {value!r}; choose another directory"
-            )
-
-
 # The problem
 
 
@@ -213,7 +115,7 @@ def prepare(config: Config, workdir: str | Path) -> Problem:
     if config.model == "digits":
         layers = digits.last_convolutions(config.trainable_layers)
         pictures = {split: data.digits(split, classes) for split in splits}
-        claim(config, Path(workdir))
+        claim(config, Path(workdir), pictures, ())
         network, params, cache_dir = digits.DigitsNet(), pretrain_digits(config, workdir), ""
     else:
         architecture, params = mcunet.load(config.weights)
@@ -224,7 +126,7 @@ def prepare(config: Config, workdir: str | Path) -> Problem:
             for split in splits
         }
         network, cache_dir = mcunet.MCUNet(architecture), config.cache_dir
-        claim(config, Path(workdir))
+        claim(config, Path(workdir), pictures, params)
     first_block = layers[0][0]
     prefix = network.clone(stop=first_block)
     train, evaluation = examples(config, prefix, params, pictures, cache_dir)

@@ -76,6 +76,11 @@ def orthonormal(generator: np.random.Generator, *shape: int) -> np.ndarray:
     return np.linalg.qr(generator.normal(size=shape))[0]
 
 
+def columns(shape: tuple[int, ...]) -> np.ndarray:
+    """Leading columns of the identity, of any shape (..., n, r)."""
+    return np.broadcast_to(np.eye(*shape[-2:]), shape)
+
+
 def bases(op: Any, modes: tuple[str, ...], generator, share: float = 0.5) -> dict:
     """A random basis of `share` of the full rank for each mode."""
     drawn = {}

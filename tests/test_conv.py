@@ -6,7 +6,7 @@ import numpy as np
 import properties
 import pytest
 import reference
-from cases import CONV, PATH, Case, bases, conv
+from cases import CONV, PATH, Case, bases, columns, conv
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
@@ -300,7 +300,7 @@ def test_a_convolution_that_cannot_be_compressed_is_listed():
 def test_a_basis_that_does_not_fit(bad, words):
     case = conv("bad", (3, 6, 5, 4), (3, 3, 4, 5))
     params, x, _ = case.tensors
-    fac = properties.factors(case, Plan({mode: np.ones(shape) for mode, shape in bad.items()}))
+    fac = properties.factors(case, Plan({mode: columns(shape) for mode, shape in bad.items()}))
     with pytest.raises(ValueError) as error:
         lance_jax.compress(case.apply, fac)(params, x)
     assert all(word in str(error.value) for word in words), error.value

@@ -9,7 +9,7 @@ import numpy as np
 import properties
 import pytest
 import reference
-from cases import DENSE, PATH, Case, bases, dense
+from cases import DENSE, PATH, Case, bases, columns, dense
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
@@ -283,7 +283,7 @@ def test_a_weight_computed_from_parameters_is_listed():
     [
         ({"feature": (5, 2)}, ["feature", "(5, 2)", "6", PATH]),
         ({"feature": (6, 7)}, ["feature", "6", PATH]),
-        ({"feature": (6,)}, ["feature", "6", PATH]),
+        ({"feature": (1, 6, 2)}, ["feature", "(1, 6, 2)", PATH]),
         ({"token0": (4, 2)}, ["token0", "token", PATH]),
         ({"channel": (6, 2)}, ["channel", "feature", PATH]),
         ({"batch": (4, 2)}, ["batch", "3", PATH]),
@@ -292,7 +292,7 @@ def test_a_weight_computed_from_parameters_is_listed():
 def test_a_basis_that_does_not_fit(bad, words):
     case = dense("bad", "btf,fo->bto", (3, 4, 6), (6, 5))
     params, x, _ = case.tensors
-    fac = properties.factors(case, Plan({mode: np.ones(shape) for mode, shape in bad.items()}))
+    fac = properties.factors(case, Plan({mode: columns(shape) for mode, shape in bad.items()}))
     with pytest.raises(ValueError) as error:
         lance_jax.compress(case.apply, fac)(params, x)
     assert all(word in str(error.value) for word in words), error.value

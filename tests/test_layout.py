@@ -32,8 +32,8 @@ ORDER = [
     "data",
     "checkpoint",
     "metrics",
-    "loop",
     "config",
+    "loop",
     "train",
     "main",
 ]

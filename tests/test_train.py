@@ -1,17 +1,16 @@
 """The comparison of methods, on a digits run made small."""
 
-import importlib
 import json
-import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from settings import settings
 
 import lance_jax
 from lance_jax import data, loop, train
+from lance_jax.config import METHODS
 
 KEYS = {
     "config",
@@ -27,15 +26,6 @@ KEYS = {
     "device",
     "seed",
 }
-
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-
-
-def settings(name="digits", **changes):
-    config = importlib.import_module(f"configs.{name}").get_config()
-    small = {"epochs": 1, "calibration_batches": 2, "checkpoint_every": 100}
-    config.update({**small, **changes})
-    return config
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +44,7 @@ def results(small):
             train.run(config, workdir, method, problem),
             train.fit_method(config, problem, method, workdir / method).params,
         )
-        for method in train.METHODS
+        for method in METHODS
     }
 
 
@@ -83,7 +73,7 @@ def test_methods_train_what_they_say(results, small):
     }
 
 
-@pytest.mark.parametrize("method", train.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_result_file(results, small, method):
     config, workdir, _ = small
     result, _ = results[method]
@@ -164,106 +154,6 @@ def test_validation_split_leaves_the_test_pictures_alone(small, tmp_path, monkey
     assert len(held_out.labels) == pytest.approx(0.2 * len(whole.train.labels), abs=1)
     result = train.run(config, tmp_path, "head", problem)
     assert set(result) == KEYS - {"test_accuracy"} | {"validation_accuracy"}
-
-
-def test_a_mistyped_class_does_not_take_the_working_directory(tmp_path):
-    with pytest.raises(ValueError, match="class"):
-        train.prepare(settings(classes="five,6"), tmp_path)
-    train.check(settings(), tmp_path)
-    assert not (tmp_path / "config.json").exists()
-
-
-def test_one_working_directory_has_one_configuration(tmp_path):
-    train.claim(settings(), tmp_path)
-    train.check(settings(method="head"), tmp_path)
-    message = f"run with config.energy = {settings().energy}, not 0.8; choose another"
-    with pytest.raises(ValueError, match=message):
-        train.check(settings(energy=0.8), tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"method": "lanse"}, "config.method is 'lanse'; it must be one of 'head', 'bias'"),
-        ({"method": "head,,backpro"}, "config.method is 'backpro'"),
-        ({"method": ""}, "config.method is empty"),
-        ({"model": "resnet"}, "config.model is 'resnet'"),
-        ({"eval_split": "tset"}, "config.eval_split is 'tset'"),
-        ({"core_dtype": "int3"}, "config.core_dtype is 'int3'; .*'int4'"),
-        ({"energy": 1.5}, "config.energy is 1.5"),
-        ({"batch_size": 0}, "config.batch_size is 0; it must be at least 1"),
-        ({"epochs": 0}, "config.epochs is 0"),
-        ({"classes": "5,six"}, "unknown class 'six' in data set 'digits'"),
-        ({"trainable_layers": 9}, "trainable_layers is 9"),
-        ({"learning_rate": {"head": -0.1}}, "config.learning_rate.head is -0.1; it must be pos"),
-        ({"clip": float("nan")}, "config.clip is nan; it must be positive"),
-        ({"modes": "channels"}, "config.modes is 'channels'; it must be one of .*'channel'"),
-        ({"batch_size": 5000}, "batch_size is 5000; it must be 1 to"),
-    ],
-)
-def test_bad_settings_are_told_at_once(tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message) as error:
-        train.compare(settings(**changes), tmp_path / "run")
-    assert "\n" not in str(error.value)
-    assert not list(tmp_path.rglob("metrics.jsonl")), "nothing was trained before"
-
-
-@pytest.mark.parametrize(
-    ("name", "field", "origin"), [("digits", "clip", "base"), ("pets", "data_dir", "mcunet")]
-)
-def test_a_missing_or_mistyped_field_is_told_at_once(tmp_path, name, field, origin):
-    config = settings(name)
-    del config[field]
-    message = rf"config.{field} is missing; begin with lance_jax.config.{origin}\(\)"
-    with pytest.raises(ValueError, match=message):
-        train.check(config, tmp_path)
-    config = settings(name)
-    with config.ignore_type():
-        config.epochs = "many"
-    with pytest.raises(ValueError, match="config.epochs is 'many'; it must be a number"):
-        train.check(config, tmp_path)
-
-
-@pytest.mark.parametrize("setting", ["--workdir", "config.cache_dir"])
-def test_an_unwritable_directory_is_told_at_once(tmp_path, setting):
-    (tmp_path / "file").write_text("")
-    places = {"--workdir": tmp_path / "run", "config.cache_dir": tmp_path / "cache"}
-    places[setting] = tmp_path / "file" / "below"
-    config = settings("cifar10", cache_dir=str(places["config.cache_dir"]))
-    message = f"cannot write to {setting} '{places[setting]}': Not a directory"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        train.compare(config, places["--workdir"])
-
-
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        ("mcunet-5fps.safetensors", "does not exist; give --config.weights=FILE"),
-        (__file__, "is not a safetensors file"),
-    ],
-)
-def test_bad_weights_are_told_at_once(tmp_path, weights, message):
-    config = settings("cifar10", weights=weights, cache_dir="")
-    with pytest.raises(ValueError, match=re.escape(message)):
-        train.compare(config, tmp_path)
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data")
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"data_dir": "nowhere"}, "'oxford_iiit_pet' is not prepared in data_dir 'nowhere'"),
-        ({"classes": "Bengal,Abysinian"}, "unknown class 'Abysinian' .* did you mean Abyssinian"),
-    ],
-)
-def test_bad_data_are_told_at_once(tmp_path, changes, message):
-    places = {
-        "data_dir": str(SHARED / "tfds"),
-        "weights": str(SHARED / "weights" / "mcunet-5fps.safetensors"),
-        "cache_dir": "",
-    }
-    with pytest.raises(ValueError, match=message):
-        train.compare(settings("pets", **{**places, **changes}), tmp_path)
 
 
 def test_a_diverging_run_names_method_step_and_rate(small, tmp_path):

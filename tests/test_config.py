@@ -1,0 +1,128 @@
+"""Settings, working directories and files that cannot be: one line, before anything long starts."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from settings import settings
+
+from lance_jax import config, data, train
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def claim(workdir, train=None, weights=None):
+    images = np.zeros((2, 8, 8, 1), np.float32)
+    images[0, 0, 0, 0] = 0 if train is None else 1
+    pictures = data.Pictures(images, np.zeros(2, np.int32), ("a",), 8)
+    params = {"w": np.zeros(3, np.float32) if weights is None else weights}
+    config.claim(settings(), workdir, {"train": pictures}, params)
+
+
+def test_a_mistyped_class_does_not_take_the_working_directory(tmp_path):
+    with pytest.raises(ValueError, match="class"):
+        train.prepare(settings(classes="five,6"), tmp_path)
+    config.check(settings(), tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_one_working_directory_has_one_configuration(tmp_path):
+    claim(tmp_path)
+    config.check(settings(method="head"), tmp_path)
+    message = f"run with config.energy = {settings().energy}, not 0.8; choose another"
+    with pytest.raises(ValueError, match=message):
+        config.check(settings(energy=0.8), tmp_path)
+
+
+@pytest.mark.parametrize("what", ["weights", "train"])
+def test_one_working_directory_has_the_same_inputs(tmp_path, what):
+    """A file that was replaced by another of its name must not be trained on halfway."""
+    claim(tmp_path)
+    claim(tmp_path)
+    with pytest.raises(ValueError, match=f"run with contents.{what} = .*; choose another"):
+        claim(tmp_path, **{what: np.ones(3, np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "lanse"}, "config.method is 'lanse'; it must be one of 'head', 'bias'"),
+        ({"method": "head,,backpro"}, "config.method is 'backpro'"),
+        ({"method": ""}, "config.method is empty"),
+        ({"model": "resnet"}, "config.model is 'resnet'"),
+        ({"eval_split": "tset"}, "config.eval_split is 'tset'"),
+        ({"core_dtype": "int3"}, "config.core_dtype is 'int3'; .*'int4'"),
+        ({"energy": 1.5}, "config.energy is 1.5"),
+        ({"batch_size": 0}, "config.batch_size is 0; it must be at least 1"),
+        ({"epochs": 0}, "config.epochs is 0"),
+        ({"classes": "5,six"}, "unknown class 'six' in data set 'digits'"),
+        ({"trainable_layers": 9}, "trainable_layers is 9"),
+        ({"learning_rate": {"head": -0.1}}, "config.learning_rate.head is -0.1; it must be pos"),
+        ({"clip": float("nan")}, "config.clip is nan; it must be positive"),
+        ({"modes": "channels"}, "config.modes is 'channels'; it must be one of .*'channel'"),
+        ({"batch_size": 5000}, "batch_size is 5000; it must be 1 to"),
+    ],
+)
+def test_bad_settings_are_told_at_once(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        train.compare(settings(**changes), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.rglob("metrics.jsonl")), "nothing was trained before"
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "origin"), [("digits", "clip", "base"), ("pets", "data_dir", "mcunet")]
+)
+def test_a_missing_or_mistyped_field_is_told_at_once(tmp_path, name, field, origin):
+    given = settings(name)
+    del given[field]
+    message = rf"config.{field} is missing; begin with lance_jax.config.{origin}\(\)"
+    with pytest.raises(ValueError, match=message):
+        config.check(given, tmp_path)
+    given = settings(name)
+    with given.ignore_type():
+        given.epochs = "many"
+    with pytest.raises(ValueError, match="config.epochs is 'many'; it must be a number"):
+        config.check(given, tmp_path)
+
+
+@pytest.mark.parametrize("setting", ["--workdir", "config.cache_dir"])
+def test_an_unwritable_directory_is_told_at_once(tmp_path, setting):
+    (tmp_path / "file").write_text("")
+    places = {"--workdir": tmp_path / "run", "config.cache_dir": tmp_path / "cache"}
+    places[setting] = tmp_path / "file" / "below"
+    given = settings("cifar10", cache_dir=str(places["config.cache_dir"]))
+    message = f"cannot write to {setting} '{places[setting]}': Not a directory"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train.compare(given, places["--workdir"])
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("mcunet-5fps.safetensors", "does not exist; give --config.weights=FILE"),
+        (__file__, "is not a safetensors file"),
+    ],
+)
+def test_bad_weights_are_told_at_once(tmp_path, weights, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train.compare(settings("cifar10", weights=weights, cache_dir=""), tmp_path)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data_dir": "nowhere"}, "'oxford_iiit_pet' is not prepared in data_dir 'nowhere'"),
+        ({"classes": "Bengal,Abysinian"}, "unknown class 'Abysinian' .* did you mean Abyssinian"),
+    ],
+)
+def test_bad_data_are_told_at_once(tmp_path, changes, message):
+    places = {
+        "data_dir": str(SHARED / "tfds"),
+        "weights": str(SHARED / "weights" / "mcunet-5fps.safetensors"),
+        "cache_dir": "",
+    }
+    with pytest.raises(ValueError, match=message):
+        train.compare(settings("pets", **{**places, **changes}), tmp_path)
