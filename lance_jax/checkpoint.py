@@ -62,7 +62,7 @@ class Checkpoints:
             return None
         json = self._manager.restore(step, args=ocp.args.Composite(info=ocp.args.JsonRestore()))
         described = json["info"]["factors"]
-        template = {"state": jax.device_get(state), "factors": _as_dicts(_rebuild(described))}
+        template = {"state": jax.device_get(state), "factors": _template(described)}
         restored = self._manager.restore(
             step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(template))
         )
@@ -94,20 +94,26 @@ def _describe(factors: Factors) -> dict[str, Any]:
     return {"layers": layers, "skipped": [list(skipped) for skipped in factors.skipped]}
 
 
-def _rebuild(described: dict[str, Any], arrays: dict[str, Any] | None = None) -> Factors:
-    """The inverse of `_describe`: with the values of `arrays`, else zeros for a template."""
+def _template(described: dict[str, Any]) -> dict[str, Any]:
+    """Zeros in the form of `_as_dicts`."""
 
     def zeros(a: list[Any] | None) -> Any:
         return None if a is None else jnp.zeros(a[1], a[0])
 
+    return {
+        layer["path"]: {
+            "bases": {mode: zeros(basis) for mode, basis in layer["bases"]},
+            "mean": zeros(layer["mean"]),
+        }
+        for layer in described["layers"]
+    }
+
+
+def _rebuild(described: dict[str, Any], arrays: dict[str, Any]) -> Factors:
+    """The inverse of `_describe`, with the values of `arrays`."""
     layers = {}
     for layer in described["layers"]:
-        if arrays is None:
-            bases = {mode: zeros(basis) for mode, basis in layer["bases"]}
-            mean = zeros(layer["mean"])
-        else:
-            saved = arrays[layer["path"]]
-            bases = {mode: saved["bases"][mode] for mode, _ in layer["bases"]}
-            mean = saved["mean"]
-        layers[layer["path"]] = LayerFactors(bases, mean, layer["core_dtype"])
+        saved = arrays[layer["path"]]
+        bases = {mode: saved["bases"][mode] for mode, _ in layer["bases"]}
+        layers[layer["path"]] = LayerFactors(bases, saved["mean"], layer["core_dtype"])
     return Factors(layers, tuple(Skipped(*skip) for skip in described["skipped"]))

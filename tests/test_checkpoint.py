@@ -24,7 +24,7 @@ def state(scale=1.0):
 
 
 def basis(*shape):
-    return jax.random.normal(jax.random.key(0), shape)
+    return jnp.linalg.qr(jax.random.normal(jax.random.key(0), shape))[0]
 
 
 FACTORS = {
