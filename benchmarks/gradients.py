@@ -8,6 +8,7 @@ end of training. A seed takes some minutes; give the missing `--seeds` to go on.
 import argparse
 import itertools
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def measure(
     After calibration for each of the energies, with the parameters of a trained head; at the end
     for the configuration's own.
     """
-    config = tasks.config(data, seed=seed, **settings)
+    config: Any = tasks.config(data, seed=seed, **settings)
     workdir = tasks.RUNS / f"gradients-{data}-{seed}"
     problem = train.prepare(config, workdir)
     head, lance = (

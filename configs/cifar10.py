@@ -14,4 +14,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = lance_jax.config.mcunet()  # all fields and their defaults
     config.dataset = "cifar10"
     config.epochs = 15
+    config.learning_rate = ml_collections.ConfigDict(
+        {"head": 0.0125, "bias": 0.1, "backprop": 0.05, "lance": 0.05}
+    )
     return config

@@ -21,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.epochs = 20
     config.batch_size = 64
     config.learning_rate = ml_collections.ConfigDict(
-        {"head": 0.1, "bias": 0.1, "backprop": 0.1, "lance": 0.1}
+        {"head": 0.4, "bias": 0.2, "backprop": 0.05, "lance": 0.05}
     )
     config.checkpoint_every = 10  # windows
     return config

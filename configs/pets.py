@@ -16,4 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.dataset = "oxford_iiit_pet"
     config.epochs = 30
     config.log_every = 5
+    config.learning_rate = ml_collections.ConfigDict(
+        {"head": 0.1, "bias": 0.05, "backprop": 0.025, "lance": 0.1}
+    )
     return config

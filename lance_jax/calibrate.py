@@ -180,8 +180,9 @@ def _choose_modes(
     by_path, skipped = {}, []
     for layer in chosen:
         product = found.uses[layer.path][0].product
-        names = {None: product.default_modes, "paper": product.paper_modes}.get(modes, modes)
-        names = tuple(mode for mode in layer.modes if mode in names)
+        known = {None: product.default_modes, "paper": product.paper_modes}
+        asked = known[modes] if modes in known else modes
+        names = tuple(mode for mode in layer.modes if mode in asked)
         if "patch" in names and set(names) - {"patch", "batch"}:
             raise ValueError(
                 f"modes {names} of {layer.path!r}: patch goes with batch alone, since it holds "

@@ -44,7 +44,8 @@ def base() -> ml_collections.ConfigDict:
     config.model = ""
     config.trainable_layers = 4
 
-    # Training: SGD, cosine schedule. Learning rates are chosen on a validation split.
+    # Training: SGD, cosine schedule. The files in configs/ have learning rates that were chosen on
+    # a validation split.
     config.epochs = 15
     config.batch_size = 128
     config.learning_rate = ml_collections.ConfigDict(
@@ -55,7 +56,7 @@ def base() -> ml_collections.ConfigDict:
 
     # LANCE. `modes`: "" for the default, "paper", "none" for whole inputs, or "channel,height".
     config.calibration_batches = 8
-    config.energy = 0.98
+    config.energy = 0.98  # see README for what others give
     config.modes = ""
     config.core_dtype = "int4"  # "bfloat16", "int8", or "" for the activation's own
 

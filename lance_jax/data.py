@@ -122,9 +122,11 @@ def _tfds_builder(name: str, data_dir: str | Path) -> tuple[Any, Any]:
         raise ValueError(
             f"data set {name!r} in {str(data_dir)!r} is not one of TensorFlow Datasets: {error}"
         ) from None
-    if not {"image", "label"} <= set(builder.info.features):
-        fields = ", ".join(builder.info.features)
-        raise ValueError(f"data set {name!r} has no fields image and label; it has {fields}")
+    fields: Any = builder.info.features
+    if not {"image", "label"} <= set(fields):
+        raise ValueError(
+            f"data set {name!r} has no fields image and label; it has {', '.join(fields)}"
+        )
     for split in SPLITS:
         if split not in builder.info.splits:
             raise ValueError(f"data set {name!r} in {str(data_dir)!r} has no split {split!r}")

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 from lance_jax import jaxprs, residuals
 from lance_jax.paths import leaves_with_path, matching
 
+# What jax reads while it traces, beside the arguments.
+_SETTINGS = ("jax_default_matmul_precision", "jax_numpy_dtype_promotion")
+
 Trainable = str | Sequence[str] | Callable[[str], bool] | None
 
 
@@ -93,8 +96,7 @@ class ValueAndGrad:
 
     def _traced(self, params, args, kwargs) -> "tuple[Phases, list[Any]]":
         arrays, static = jaxprs.split((params, args, kwargs))
-        # What jax reads while it traces, beside the arguments.
-        settings = jax.config.jax_default_matmul_precision, jax.config.jax_numpy_dtype_promotion
+        settings = tuple(getattr(jax.config, name) for name in _SETTINGS)
         key = static, tuple(map(_abstract, arrays)), settings
         try:
             phases = self._phases.get(key)
@@ -234,6 +236,7 @@ def _struct(atom: Any) -> jax.ShapeDtypeStruct:
 def _value_and_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
     if has_aux and not (isinstance(result, tuple) and len(result) == 2):
         raise ValueError("has_aux is True, but the loss returns no pair (scalar, aux)")
+    value: Any
     value, aux = result if has_aux else (result, None)
     if not (jaxprs.is_array(value) or isinstance(value, numbers.Number)):
         raise ValueError(

@@ -133,20 +133,24 @@ def load(path: str | Path) -> tuple[Architecture, dict[str, Any]]:
 def _parse_architecture(metadata: dict[str, str], path: str | Path) -> Architecture:
     try:
         spec = json.loads(metadata["architecture"])
-        blocks = tuple(
-            Block(*(int(b[field]) for field in Block._fields[:5]), b["expand"], b["residual"])
-            for b in spec["blocks"]
-        )
+        blocks = tuple(map(_parse_block, spec["blocks"]))
         stem = spec["stem"]
         sizes = spec["resolution"], stem["out_channels"], stem["kernel"], stem["stride"]
-        if min(map(int, sizes)) < 1 or any(min(block[:5]) < 1 for block in blocks):
+        side, channels, kernel, stride = map(int, sizes)
+        if min(side, channels, kernel, stride, *(min(block[:5]) for block in blocks)) < 1:
             raise ValueError("a size below 1")
-        return Architecture(*map(int, sizes), blocks)
+        return Architecture(side, channels, kernel, stride, blocks)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"weights file {str(path)!r} describes no MCUNet in its metadata "
             f"(`architecture`: {error!r})"
         ) from None
+
+
+def _parse_block(spec: dict[str, Any]) -> Block:
+    *sizes, expand, residual = (spec[field] for field in Block._fields)
+    kernel, stride, inputs, hidden, outputs = map(int, sizes)
+    return Block(kernel, stride, inputs, hidden, outputs, bool(expand), bool(residual))
 
 
 def _to_linen(tensors: dict[str, np.ndarray], path: str | Path) -> dict[str, np.ndarray]:
