@@ -180,8 +180,11 @@ def _choose_modes(
     by_path, skipped = {}, []
     for layer in chosen:
         product = found.uses[layer.path][0].product
-        known = {None: product.default_modes, "paper": product.paper_modes}
-        asked = known[modes] if modes in known else modes
+        named: dict[Any, tuple[str, ...]] = {
+            None: product.default_modes,
+            "paper": product.paper_modes,
+        }
+        asked = named.get(modes, modes)
         names = tuple(mode for mode in layer.modes if mode in asked)
         if "patch" in names and set(names) - {"patch", "batch"}:
             raise ValueError(

@@ -1,7 +1,6 @@
 """`value_and_grad` in two jitted phases, so that what is kept between them is real."""
 
 import dataclasses
-import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -236,9 +235,8 @@ def _struct(atom: Any) -> jax.ShapeDtypeStruct:
 def _value_and_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
     if has_aux and not (isinstance(result, tuple) and len(result) == 2):
         raise ValueError("has_aux is True, but the loss returns no pair (scalar, aux)")
-    value: Any
     value, aux = result if has_aux else (result, None)
-    if not (jaxprs.is_array(value) or isinstance(value, numbers.Number)):
+    if not (jaxprs.is_array(value) or isinstance(value, int | float | complex)):
         raise ValueError(
             f"the loss is a {type(value).__name__}; it must be a floating scalar, or a pair "
             "(scalar, aux) with has_aux=True"
