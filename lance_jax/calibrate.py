@@ -180,11 +180,8 @@ def _choose_modes(
     by_path, skipped = {}, []
     for layer in chosen:
         product = found.uses[layer.path][0].product
-        named: dict[Any, tuple[str, ...]] = {
-            None: product.default_modes,
-            "paper": product.paper_modes,
-        }
-        asked = named.get(modes, modes)
+        named = {None: product.default_modes, "paper": product.paper_modes}
+        asked = named[modes] if isinstance(modes, str | None) else modes
         names = tuple(mode for mode in layer.modes if mode in asked)
         if "patch" in names and set(names) - {"patch", "batch"}:
             raise ValueError(

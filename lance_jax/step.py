@@ -241,7 +241,9 @@ def _value_and_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
             f"the loss is a {type(value).__name__}; it must be a floating scalar, or a pair "
             "(scalar, aux) with has_aux=True"
         )
-    shape, dtype = jnp.shape(value), jnp.result_type(value)
-    if shape or not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"the loss is {dtype} of shape {shape}; it must be a floating scalar")
-    return jnp.asarray(value), aux
+    value = jnp.asarray(value)
+    if value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(
+            f"the loss is {value.dtype} of shape {value.shape}; it must be a floating scalar"
+        )
+    return value, aux
