@@ -10,14 +10,9 @@ import lance_jax.config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    config = lance_jax.config.base()  # all other fields and their defaults
+    config = lance_jax.config.digits()  # all fields and their defaults
     config.method = "head,bias,backprop,lance"
-    config.dataset = "digits"
     config.classes = "5,6,7,8,9"
-    config.model = "digits"
-    config.pretrain = ml_collections.ConfigDict(
-        {"classes": "0,1,2,3,4", "epochs": 10, "learning_rate": 0.1}
-    )
     config.epochs = 20
     config.batch_size = 64
     config.learning_rate = ml_collections.ConfigDict(

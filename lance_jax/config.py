@@ -66,6 +66,17 @@ def base() -> ml_collections.ConfigDict:
     return config
 
 
+def digits() -> ml_collections.ConfigDict:
+    """`base`, for the small network that is pretrained on some classes of the digits."""
+    config = base()
+    config.dataset = "digits"
+    config.model = "digits"
+    config.pretrain = ml_collections.ConfigDict(
+        {"classes": "0,1,2,3,4", "epochs": 10, "learning_rate": 0.1}
+    )
+    return config
+
+
 def mcunet() -> ml_collections.ConfigDict:
     """`base`, for an MCUNet pretrained on ImageNet and a data set of TensorFlow Datasets."""
     config = base()
@@ -120,7 +131,7 @@ def check(config: Config, workdir: str | Path) -> None:
 
 def _check_fields(config: Config) -> None:
     """All fields are there, and numbers where numbers belong."""
-    origin = mcunet if config.get("model") == "mcunet" else base
+    origin = {"digits": digits, "mcunet": mcunet}.get(config.get("model"), base)
     for name, default in origin().items():
         if name not in config:
             raise ValueError(
@@ -166,7 +177,12 @@ def _compare_claim(workdir: Path, key: str, values: dict[str, Any]) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    claimed = json.loads(path.read_text())[key]
+    try:
+        claimed = dict(json.loads(path.read_text())[key])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{str(path)!r} does not say what its directory holds; choose another --workdir"
+        ) from None
     for name, value in json.loads(json.dumps(values)).items():
         if claimed.get(name) != value:
             raise ValueError(

@@ -62,9 +62,8 @@ def _load_config() -> tuple[str, ml_collections.ConfigDict]:
 
 def _stop_in_config(error: Exception) -> NoReturn:
     reason: object = error
-    while (
-        isinstance(reason, AttributeError | KeyError) and reason.args
-    ):  # ml_collections nests them
+    # ml_collections puts one into another
+    while isinstance(reason, AttributeError | KeyError) and reason.args:
         reason = reason.args[0]
     _stop(f"the configuration cannot be read: {reason}")
 

@@ -35,6 +35,13 @@ def test_one_working_directory_has_one_configuration(tmp_path):
         config.check(settings(energy=0.8), tmp_path)
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"energy": 0.9}', '{"config": 3}'])
+def test_a_damaged_claim(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="config.json' does not say what its directory holds"):
+        config.check(settings(), tmp_path)
+
+
 @pytest.mark.parametrize("what", ["weights", "train"])
 def test_one_working_directory_has_the_same_inputs(tmp_path, what):
     """A file that was replaced by another of its name must not be trained on halfway."""
@@ -72,7 +79,12 @@ def test_bad_settings_are_told_at_once(tmp_path, changes, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "field", "origin"), [("digits", "clip", "base"), ("pets", "data_dir", "mcunet")]
+    ("name", "field", "origin"),
+    [
+        ("digits", "clip", "digits"),
+        ("digits", "pretrain", "digits"),
+        ("pets", "data_dir", "mcunet"),
+    ],
 )
 def test_a_missing_or_mistyped_field_is_told_at_once(tmp_path, name, field, origin):
     given = settings(name)
