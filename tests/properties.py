@@ -32,6 +32,30 @@ def factors(case: Case, plan: Plan) -> lance_jax.Factors:
     return lance_jax.Factors({PATH: lance_jax.LayerFactors(bases, mean, plan.core_dtype)})
 
 
+def assert_reference(case: Case) -> None:
+    """The float64 reference is plain JAX's product and its two gradients."""
+    params, x, dy = case.tensors
+    w = params["layer"]["kernel"]
+
+    @quick_jit
+    def run(x, w, dy):
+        y, pull = jax.vjp(case.function, x, w)
+        return y, *pull(dy)
+
+    y, dx, dw = run(x, w, dy)
+    assert_close(y, case.op.forward(x, w), case.dtype)
+    assert_close(dx, case.op.dinput(w, dy), case.dtype)
+    assert_close(dw, case.op.dweight(x, dy), case.dtype)
+
+
+def assert_only_the_core_is_held(case: Case, plans: Mapping[str, Plan]) -> None:
+    """Between the passes lives nothing but the core, in the input's dtype."""
+    for name, plan in plans.items():
+        kept = reference.core(case.op, case.tensors[1], plan.bases)
+        size = kept.size * jnp.dtype(case.dtype).itemsize
+        assert nbytes(held(case, plan)) == size, name
+
+
 def assert_same_forward(case: Case, plan: Plan) -> None:
     """Property 1: the compressed forward pass is bit-identical under jit."""
     params, x, _ = case.tensors

@@ -39,18 +39,7 @@ def plans_of(case: Case, share: float = 0.5) -> dict[str, Plan]:
 @table
 def test_reference_is_the_product_and_its_gradients(case):
     with case.context():
-        params, x, dy = case.tensors
-        w = params["layer"]["kernel"]
-
-        @properties.quick_jit
-        def run(x, w, dy):
-            y, pull = jax.vjp(case.function, x, w)
-            return y, *pull(dy)
-
-        y, dx, dw = run(x, w, dy)
-    assert_close(y, case.op.forward(x, w), case.dtype)
-    assert_close(dx, case.op.dinput(w, dy), case.dtype)
-    assert_close(dw, case.op.dweight(x, dy), case.dtype)
+        properties.assert_reference(case)
 
 
 @table
@@ -99,10 +88,7 @@ def test_stored_cores(case):
 @table
 def test_nothing_but_the_core_is_held(case):
     with case.context():
-        for name, plan in plans_of(case).items():
-            kept = reference.core(case.op, case.tensors[1], plan.bases)
-            held = properties.held(case, plan)
-            assert properties.nbytes(held) == kept.size * jnp.dtype(case.dtype).itemsize, name
+        properties.assert_only_the_core_is_held(case, plans_of(case))
 
 
 @table
