@@ -113,13 +113,30 @@ def check(config: Config, workdir: str | Path) -> None:
                 )
     if not methods:
         raise ValueError(f"config.method is empty; give one or more of {','.join(METHODS)}")
-    for field in ("epochs", "batch_size", "log_every", "checkpoint_every", "calibration_batches"):
-        if config[field] < 1:
-            raise ValueError(f"config.{field} is {config[field]}; it must be at least 1")
+    if (config.model == "digits") != (config.dataset == "digits"):
+        raise ValueError(
+            f"config.model is {config.model!r} and config.dataset is {config.dataset!r}; the "
+            "digits have a network of their own, and it takes no other pictures"
+        )
+    least = dict.fromkeys(("epochs", "batch_size", "log_every", "checkpoint_every"), 1)
+    least |= {"calibration_batches": 1, "seed": 0}
+    counts = {field: config[field] for field in least}
+    if config.model == "digits":
+        counts["pretrain.epochs"] = config.pretrain.epochs
+    for field, value in counts.items():
+        if value < least.get(field, 1):
+            raise ValueError(
+                f"config.{field} is {value}; it must be at least {least.get(field, 1)}"
+            )
+    _check_modes(config)
     if not 0 < config.energy <= 1:
         raise ValueError(f"config.energy is {config.energy}; it must lie in (0, 1]")
+    if not 0 <= config.momentum < 1:
+        raise ValueError(f"config.momentum is {config.momentum}; it must lie in [0, 1)")
     positive = {"clip": config.clip}
     positive |= {f"learning_rate.{method}": config.learning_rate[method] for method in methods}
+    if config.model == "digits":
+        positive["pretrain.learning_rate"] = config.pretrain.learning_rate
     for field, value in positive.items():
         if not 0 < value < math.inf:
             raise ValueError(f"config.{field} is {value}; it must be positive and finite")
@@ -127,6 +144,19 @@ def check(config: Config, workdir: str | Path) -> None:
     if config.get("cache_dir"):
         _check_writable(config.cache_dir, "config.cache_dir")
     _compare_claim(Path(workdir), "config", _fixed(config))
+
+
+def _check_modes(config: Config) -> None:
+    """The modes go together, and with the energy."""
+    modes = names(config.modes)
+    if {"paper", "none"} & set(modes) and len(modes) > 1:
+        raise ValueError(f"config.modes is {config.modes!r}; paper and none stand alone")
+    if "patch" in modes and set(modes) - {"patch", "batch"}:
+        raise ValueError(f"config.modes is {config.modes!r}; patch goes with batch alone")
+    if modes == ("paper",) and config.energy != 0.7:
+        raise ValueError(
+            f"config.modes=paper stands for config.energy=0.7, and it is {config.energy}; give both"
+        )
 
 
 def _check_fields(config: Config) -> None:

@@ -268,7 +268,7 @@ class Conv:
         return patches.transpose(1, 0, 3, 2).reshape(self.groups, len(patches), -1)
 
     def _by_group(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:-1], self.groups, -1)
+        return x.reshape(*x.shape[:-1], self.groups, x.shape[-1] // self.groups)
 
     def _patch_kernel(self, u: jax.Array) -> jax.Array:
         *kernel, i, _ = self._w_sizes

@@ -233,7 +233,10 @@ def features(
             digest.update(hashlib.sha256(data).digest())
         path = Path(cache_dir).expanduser() / f"features-{digest.hexdigest()[:32]}.npy"
         if path.is_file():
-            return np.load(path, mmap_mode="r")
+            try:
+                return np.load(path, mmap_mode="r")
+            except (ValueError, EOFError):  # damaged: computed again
+                pass
     n = len(pictures.labels)
     views: list[list[np.ndarray]] = [[] for _ in range(1 + flip)]
     for start in track(range(0, n, batch_size), "frozen features"):

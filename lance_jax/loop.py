@@ -107,6 +107,11 @@ def fit(
                     checkpoints.save(now)
     lines = log.lines()
     last = [line for line in lines if line["epoch"] == epochs - 1]
+    if sum(line["steps"] for line in last) != loader.steps_per_epoch:
+        raise ValueError(
+            f"{str(directory / 'metrics.jsonl')!r} lacks lines of a run that is finished; choose "
+            "another --workdir"
+        )
     return Fitted(
         params=now.state["params"],
         factors=now.factors,

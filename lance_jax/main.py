@@ -33,7 +33,8 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
     config_file, config = _load_config()
     try:
-        train.compare(config, _WORKDIR.value or f"workdir/{Path(config_file).stem}")
+        workdir = _WORKDIR.value or f"workdir/{Path(config_file).stem}"
+        train.compare(config, Path(workdir).expanduser())
     except (ValueError, OSError, FloatingPointError) as error:
         _stop(error)
 

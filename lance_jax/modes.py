@@ -43,7 +43,7 @@ def chain_macs(size: int, steps: Steps) -> int:
     macs = 0
     for _, before, after in steps:
         macs += size * after
-        size = size // before * after
+        size = size // before * after if before else 0
     return macs
 
 

@@ -292,6 +292,18 @@ def test_a_basis_that_does_not_fit(bad, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
+@pytest.mark.parametrize("modes", [("channel",), ("height", "channel"), ("height",)], ids=str)
+def test_an_output_without_elements(modes):
+    """A kernel larger than its unpadded input: nothing comes out, and nothing goes back."""
+    case = conv("empty", (2, 2, 2, 3), (5, 5, 3, 4))
+    params = {"layer": {"kernel": jnp.ones((5, 5, 3, 4))}}
+    x = jnp.ones((2, 2, 2, 3))
+    fac = properties.factors(case, Plan(bases(case.op, modes, case.generator)))
+    fast = lance_jax.compress(case.apply, fac)
+    grads = jax.jit(jax.grad(lambda p, x: fast(p, x).sum(), (0, 1)))(params, x)
+    assert not any(map(np.any, jax.tree.leaves(grads)))
+
+
 def test_grouped_layers_have_no_channel_mode():
     case = conv("grouped", (3, 6, 5, 4), (3, 3, 2, 4), groups=2)
     params, x, _ = case.tensors

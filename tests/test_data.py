@@ -254,6 +254,15 @@ def test_features_are_computed_once_for_the_same_weights_pictures_and_transform(
         assert prefix.seen > 0, change
 
 
+@pytest.mark.parametrize("damage", [b"", b"half an array"])
+def test_a_damaged_cache_is_computed_again(tmp_path, damage):
+    chosen, _ = pictures(5)
+    first = np.array(features(chosen, Prefix(), tmp_path))
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(damage)
+    np.testing.assert_array_equal(features(chosen, Prefix(), tmp_path), first)
+
+
 def test_a_cache_that_was_not_finished_is_not_read(tmp_path, monkeypatch):
     chosen, _ = pictures(5)
 

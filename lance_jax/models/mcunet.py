@@ -112,7 +112,8 @@ def load(path: str | Path) -> tuple[Architecture, dict[str, Any]]:
     The file is safetensors: convolutions in OIHW named `stem`, `blocks.N.convM`, `classifier`, and
     an `architecture` JSON in the metadata. ValueError for anything else.
     """
-    if not Path(path).is_file():
+    path = Path(path).expanduser()
+    if not path.is_file():
         raise ValueError(f"weights file {str(path)!r} does not exist; give --config.weights=FILE")
     try:
         with safe_open(path, framework="numpy") as file:
