@@ -296,7 +296,7 @@ def test_a_basis_that_does_not_fit(bad, words):
 def test_an_output_without_elements(modes):
     """A kernel larger than its unpadded input: nothing comes out, and nothing goes back."""
     case = conv("empty", (2, 2, 2, 3), (5, 5, 3, 4))
-    params = {"layer": {"kernel": jnp.ones((5, 5, 3, 4))}}
+    params = {"layer": {"kernel": jnp.ones((5, 5, 3, 4)), "bias": jnp.ones(4)}}
     x = jnp.ones((2, 2, 2, 3))
     fac = properties.factors(case, Plan(bases(case.op, modes, case.generator)))
     fast = lance_jax.compress(case.apply, fac)
