@@ -45,7 +45,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
         argv = [argv[0], f"--config={DEFAULT_CONFIG}", *argv[1:]]
     try:
         return app.parse_flags_with_usage(argv)
-    except Exception as error:  # of the configuration's own code, or a field that it has not
+    except Exception as error:  # the configuration is code; or it lacks a field that is set
         _stop_in_config(error)
 
 
@@ -54,7 +54,7 @@ def _load_config() -> tuple[str, ml_collections.ConfigDict]:
     try:
         file, config = config_flags.get_config_filename(flags.FLAGS["config"]), _CONFIG.value
         getattr(config, "lock", None)  # where the file failed to load, this raises its error
-    except Exception as error:
+    except Exception as error:  # the configuration is code: it may raise anything
         _stop_in_config(error)
     if not isinstance(config, ml_collections.ConfigDict):
         _stop(f"get_config() of {file} gives a {type(config).__name__}, and no ConfigDict")

@@ -244,7 +244,7 @@ def test_lengths_may_differ_between_batches():
 
 def test_two_devices():
     if len(jax.devices()) < 2:
-        pytest.skip("one device")
+        pytest.skip("this backend has one device, and the test needs two")
     _, x, _ = setting()
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
     sharding = NamedSharding(mesh, PartitionSpec("data"))
