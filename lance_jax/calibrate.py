@@ -89,8 +89,8 @@ def calibrate(
       layer at one common rank. Selected layers without a basis are listed in `.skipped`.
 
     Raises:
-      ValueError: for bad arguments, no batches, nothing selected, or activations that are all
-        zero or not finite.
+      ValueError: for bad arguments, no batches, nothing selected, or inputs of a layer that are
+        all zero or not finite (with `modes=()` they are not looked at).
     """
     modes = tuple(modes) if isinstance(modes, Iterable) and not isinstance(modes, str) else modes
     energy = _energy(energy, modes)
@@ -159,7 +159,7 @@ def _select(select: Select, found: Layers) -> list[Layer]:
     elif callable(select):
         chosen = [layer for layer in found if select(layer)]
     else:
-        hits = matching(select, [layer.path for layer in found], "select", "layer")
+        hits = matching(select, [layer.path for layer in found], "select", "layer", found.skipped)
         chosen = [layer for layer, hit in zip(found, hits, strict=True) if hit]
     if not chosen:
         raise ValueError(f"select is {select!r}: it selects no layer; there are {paths}")

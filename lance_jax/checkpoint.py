@@ -27,6 +27,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | Path) -> None:
+        self._directory = Path(directory)
         self._manager = ocp.CheckpointManager(
             Path(directory).absolute(),
             options=ocp.CheckpointManagerOptions(
@@ -55,11 +56,20 @@ class Checkpoints:
     def latest(self, state: Any) -> Checkpoint | None:
         """The newest checkpoint, its arrays in the structure of `state`; None where there is none.
 
-        `state` gives the structure, shapes and dtypes.
+        `state` gives the structure, shapes and dtypes. ValueError where it cannot be read.
         """
         step = self._manager.latest_step()
         if step is None:
             return None
+        try:
+            return self._restore(step, state)
+        except Exception as error:  # Orbax tells of damage in many ways
+            raise ValueError(
+                f"checkpoint {str(self._directory / str(step))!r} cannot be read "
+                f"({type(error).__name__}); remove it, to go on from the one before or anew"
+            ) from error
+
+    def _restore(self, step: int, state: Any) -> Checkpoint:
         json = self._manager.restore(step, args=ocp.args.Composite(info=ocp.args.JsonRestore()))
         described = json["info"]["factors"]
         template = {"state": jax.device_get(state), "factors": _template(described)}

@@ -167,6 +167,11 @@ def _check_fields(config: Config) -> None:
             raise ValueError(
                 f"config.{name} is missing; begin with lance_jax.config.{origin.__name__}()"
             )
+        if isinstance(default, ml_collections.ConfigDict):
+            wanted = names(config.method) if name == "learning_rate" else default
+            for entry in wanted:
+                if entry in default and entry not in config[name]:
+                    raise ValueError(f"config.{name} has no entry {entry!r}")
         kind = {int: int, float: (int, float)}.get(type(default))
         if kind and not isinstance(config[name], kind):
             raise ValueError(f"config.{name} is {config[name]!r}; it must be a number")

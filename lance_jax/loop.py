@@ -63,6 +63,7 @@ def fit(
     *,
     epochs: int,
     learning_rate: float,
+    field: str,
     trainable: list[str] | None,
     calibrate: Callable[[], lance_jax.Factors] | None,
     directory: Path,
@@ -71,7 +72,7 @@ def fit(
 
     `calibrate` gives the factors to compress with, once at the start; None trains in plain JAX.
     `trainable` is that of `lance_jax.value_and_grad`. FloatingPointError where a loss is not
-    finite.
+    finite; it names `field`, where the configuration has the learning rate.
     """
     size = len(examples.labels)
     loader = data.Loader(size, config.batch_size, config.seed)
@@ -100,7 +101,14 @@ def fit(
             for window in range(1, total + 1):
                 if now.step == total:
                     break
-                line, now = _window(step_fn, now, loader, config.log_every, untimed)
+                try:
+                    line, now = _window(step_fn, now, loader, config.log_every, untimed)
+                except FloatingPointError as error:
+                    raise FloatingPointError(
+                        f"{directory.name}: {error}; try a lower config.{field} than "
+                        f"{learning_rate} in another workdir. What was written before is in "
+                        f"{str(directory)!r}"
+                    ) from None
                 log.append({**line, "learning_rate": float(schedule(now.step - 1))})
                 progress.update(bar, completed=now.step)
                 if window % config.checkpoint_every == 0 or now.step == total:

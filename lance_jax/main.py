@@ -44,7 +44,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
     if not any(re.match("--?config(=|$)", argument) for argument in argv):
         argv = [argv[0], f"--config={DEFAULT_CONFIG}", *argv[1:]]
     try:
-        return app.parse_flags_with_usage(argv)
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        _stop(error)
     except Exception as error:  # the configuration is code; or it lacks a field that is set
         _stop_in_config(error)
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+FIELDS = {"step", "epoch", "steps", "loss", "step_seconds"}  # of every line of metrics.jsonl
 COLUMNS = (
     TextColumn("{task.description}"),
     BarColumn(),
@@ -21,7 +22,7 @@ COLUMNS = (
 
 
 class Metrics:
-    """The lines of a metrics.jsonl, one JSON object with a `step` each, that only ever grows.
+    """The lines of a metrics.jsonl, one JSON object each, that only ever grows.
 
     Opening it for a run that goes on at `step` drops the lines of later steps, and half a line that
     a killed process left, so that the finished file is that of a run that was never stopped.
@@ -45,7 +46,16 @@ class Metrics:
 def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
+    whole = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
+    try:
+        lines = [json.loads(line) for line in whole]
+        if all(line.keys() >= FIELDS for line in lines):
+            return lines
+    except (ValueError, AttributeError):
+        pass
+    raise ValueError(
+        f"{str(path)!r} holds lines that no run wrote; choose another --workdir"
+    ) from None
 
 
 def write_atomically(path: Path, text: str) -> None:

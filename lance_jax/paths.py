@@ -13,12 +13,18 @@ def leaves_with_path(tree: Any) -> list[tuple[str, Any]]:
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
 
 
-def matching(patterns: Any, paths: Sequence[str], name: str, what: str) -> list[bool]:
+def matching(
+    patterns: Any,
+    paths: Sequence[str],
+    name: str,
+    what: str,
+    skipped: Sequence[tuple[str, str]] = (),
+) -> list[bool]:
     """For every path, whether one of the regular expressions is found in it (`re.search`).
 
     Raises:
       ValueError: for what is no regular expression, or matches no path; `name` is the argument's
-        name, `what` the kind of thing that has the paths.
+        name, `what` the kind of thing that has the paths, `skipped` what is none, and why.
     """
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
@@ -33,6 +39,12 @@ def matching(patterns: Any, paths: Sequence[str], name: str, what: str) -> list[
         except re.error as error:
             raise ValueError(f"{name} {pattern!r} is no regular expression: {error}") from None
         if not any(found):
-            raise ValueError(f"{name} {pattern!r} matches no {what}; there are {', '.join(paths)}")
+            hints = [
+                f"; {path} is none: {why}" for path, why in skipped if re.search(pattern, path)
+            ]
+            raise ValueError(
+                f"{name} {pattern!r} matches no {what}; there are {', '.join(paths) or 'none'}"
+                + "".join(hints)
+            )
         chosen = [a or b for a, b in zip(chosen, found, strict=True)]
     return chosen

@@ -85,24 +85,18 @@ def fit_method(config: Config, problem: Problem, method: str, directory: Path) -
     is plain JAX.
     """
     calibrate = {"backprop": None, "lance": calibration(config, problem)}
-    learning_rate = config.learning_rate[method]
-    try:
-        return fit(
-            problem.apply_fn,
-            problem.params,
-            problem.train,
-            config,
-            epochs=config.epochs,
-            learning_rate=learning_rate,
-            trainable=trainable_patterns(method, problem.layers),
-            calibrate=calibrate.get(method, lance_jax.Factors),
-            directory=directory,
-        )
-    except FloatingPointError as error:
-        raise FloatingPointError(
-            f"method {method}: {error}; try a lower config.learning_rate.{method} than "
-            f"{learning_rate} in another workdir. What was written before is in {str(directory)!r}"
-        ) from None
+    return fit(
+        problem.apply_fn,
+        problem.params,
+        problem.train,
+        config,
+        epochs=config.epochs,
+        learning_rate=config.learning_rate[method],
+        field=f"learning_rate.{method}",
+        trainable=trainable_patterns(method, problem.layers),
+        calibrate=calibrate.get(method, lance_jax.Factors),
+        directory=directory,
+    )
 
 
 # The problem
@@ -202,6 +196,7 @@ def pretrain_digits(config: Config, workdir: str | Path) -> dict[str, Any]:
         config,
         epochs=config.pretrain.epochs,
         learning_rate=config.pretrain.learning_rate,
+        field="pretrain.learning_rate",
         trainable=None,
         calibrate=None,
         directory=Path(workdir) / "pretrain",

@@ -20,6 +20,7 @@ from lance_jax.modes import wider
 from lance_jax.quantize import Stored, load, store
 
 Product = Conv | Dense
+_SCOPE = "lance_jax.compressed"  # the name that a compressed layer's equations carry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,6 +225,8 @@ def _hidden(eqn: Any, refs: list[Ref | None]) -> Skipped | None:
     products = (lax.dot_general_p, lax.conv_general_dilated_p)
     if not paths or not any(inner.primitive in products for inner in jaxprs.hidden_eqns(eqn)):
         return None
+    if _SCOPE in str(eqn.source_info.name_stack):
+        return Skipped(" + ".join(dict.fromkeys(paths)), "it is compressed already")
     why = "has no reverse-mode derivative" if eqn.primitive.name == "while" else "is kept as it is"
     return Skipped(" + ".join(dict.fromkeys(paths)), f"inside {eqn.primitive.name}, which {why}")
 
@@ -321,7 +324,8 @@ def _layer_product(
         return dx, dw, None
 
     rule.defvjp(forward, backward)
-    return rule(x, w, factors)
+    with jax.named_scope(_SCOPE):
+        return rule(x, w, factors)
 
 
 def keep(layer: Product, x: jax.Array, factors: LayerFactors) -> Stored:

@@ -104,3 +104,12 @@ def test_batches_of_no_sample():
     assert [layer.ranks for layer in some.values()] == [
         layer.ranks for layer in calibrate([jnp.asarray(x[:4])]).values()
     ]
+
+
+def test_a_skipped_layer_is_told_with_its_reason():
+    def apply(params, x):
+        return x @ (params["w"] + params["a"] @ params["b"])
+
+    w = {"w": jnp.ones((4, 3)), "a": jnp.ones((4, 1)), "b": jnp.ones((1, 3))}
+    with pytest.raises(ValueError, match="'w' matches no layer; .*w.* is none: the weight is comp"):
+        lance_jax.calibrate(apply, w, [jnp.ones((2, 4))], select="w")

@@ -90,3 +90,13 @@ def test_half_a_checkpoint_is_none(tmp_path):
         found = checkpoints.latest(state())
     assert found is not None and found.step == 2
     assert_same(found.state, state(2.0))
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(Checkpoint(1, state(), Factors(), {}))
+    for file in (tmp_path / "1").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"damaged")
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match="1' cannot be read"):
+        checkpoints.latest(state())

@@ -101,6 +101,13 @@ def test_a_missing_or_mistyped_field_is_told_at_once(tmp_path, name, field, orig
     with pytest.raises(ValueError, match=message):
         config.check(given, tmp_path)
     given = settings(name)
+    del given.learning_rate.lance
+    given.method = "head"
+    config.check(given, tmp_path)
+    given.method = "head,lance"
+    with pytest.raises(ValueError, match="config.learning_rate has no entry 'lance'"):
+        config.check(given, tmp_path)
+    given = settings(name)
     with given.ignore_type():
         given.epochs = "many"
     with pytest.raises(ValueError, match="config.epochs is 'many'; it must be a number"):

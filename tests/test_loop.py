@@ -56,6 +56,7 @@ def fit(directory, data=None, calibrate=calibrate, trainable=None, rate=0.1, epo
         config,
         epochs=epochs,
         learning_rate=rate,
+        field="learning_rate",
         trainable=trainable,
         calibrate=calibrate,
         directory=directory,

@@ -7,14 +7,18 @@ import pytest
 from lance_jax import metrics
 
 
+def line(step):
+    return {"step": step, "epoch": 0, "steps": 1, "loss": 0.1 * step, "step_seconds": []}
+
+
 def test_lines_are_appended(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
     log = metrics.Metrics(path, 0)
     assert log.lines() == [] and path.exists()
     for step in (1, 2):
-        log.append({"step": step, "loss": 0.1 * step})
+        log.append(line(step))
         assert len(path.read_text().splitlines()) == step
-    assert log.lines() == [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.2}]
+    assert log.lines() == [line(1), line(2)]
 
 
 @pytest.mark.parametrize("half", ["", '{"step": 40, "lo'])
@@ -23,11 +27,20 @@ def test_lines_are_appended(tmp_path):
 )
 def test_later_lines_and_half_a_line_are_dropped(tmp_path, half, step, kept):
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": s}) + "\n" for s in (10, 20, 30)) + half)
+    path.write_text("".join(json.dumps(line(s)) + "\n" for s in (10, 20, 30)) + half)
     log = metrics.Metrics(path, step)
-    assert [line["step"] for line in log.lines()] == kept
-    log.append({"step": 99})
+    assert log.lines() == [line(s) for s in kept]
+    log.append(line(99))
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [*kept, 99]
+
+
+@pytest.mark.parametrize("foreign", ["{}", "3", "not JSON", '{"step": 3}'])
+def test_lines_that_no_run_wrote(tmp_path, foreign):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f"{json.dumps(line(1))}\n{foreign}\n")
+    with pytest.raises(ValueError, match="metrics.jsonl' holds lines that no run wrote"):
+        metrics.Metrics(path, 3)
+    assert foreign in path.read_text(), "it is left as it was"
 
 
 def test_write_atomically_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):

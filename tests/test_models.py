@@ -136,6 +136,9 @@ def bad_file(tmp_path, kind):
     elif kind in ("word for a size", "size of zero"):
         described["resolution"] = "large" if kind == "word for a size" else 0
         save_file(good, path, {"architecture": json.dumps(described)})
+    elif kind == "residual between unlike channels":
+        described["blocks"][1]["residual"] = True
+        save_file(good, path, {"architecture": json.dumps(described)})
     elif kind == "flat kernel":
         good["stem.weight"] = good["stem.weight"].reshape(-1)
         save_file(good, path, {"architecture": json.dumps(described)})
@@ -161,6 +164,7 @@ def bad_file(tmp_path, kind):
         ("another network", "describes no MCUNet"),
         ("word for a size", "describes no MCUNet.*'large'"),
         ("size of zero", "describes no MCUNet.*below 1"),
+        ("residual between unlike channels", "describes no MCUNet.*stride 2 from 6 to 8 channels"),
         ("flat kernel", r"'stem.weight' has shape \(\d+,\); .* \(out, in, height, width\)"),
         ("leaf for a module", "does not fit its architecture"),
         ("missing tensor", "does not fit its architecture.*blocks_1/conv2/bias"),

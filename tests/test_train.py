@@ -159,7 +159,5 @@ def test_validation_split_leaves_the_test_pictures_alone(small, tmp_path, monkey
 def test_a_diverging_run_names_method_step_and_rate(small, tmp_path):
     _, _, problem = small
     config = settings(learning_rate={"backprop": 1e30})
-    with pytest.raises(
-        FloatingPointError, match=r"method backprop: the loss is .* at step \d+ .*e\+?30"
-    ):
+    with pytest.raises(FloatingPointError, match=r"backprop: the loss is .* at step \d+ .*e\+?30"):
         train.run(config, tmp_path, "backprop", problem)

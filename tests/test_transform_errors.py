@@ -131,6 +131,15 @@ def mlp(p, x):
     return jax.nn.relu(x @ p["a"]) @ p["b"]
 
 
+def test_compressed_twice():
+    factors = feature({"a": orthonormal(4, 2)})
+    once = lance_jax.compress(mlp, factors)
+    with pytest.raises(ValueError, match="'a'.*it is compressed already"):
+        lance_jax.compress(once, factors)(MLP, random(5, 4))
+    found = lance_jax.layers(once, MLP, random(5, 4))
+    assert [layer.path for layer in found] == ["b"]
+
+
 def test_factors_that_are_no_factors():
     wrongs: list[Any] = [None, 3, {"a": orthonormal(4, 2)}]
     for wrong in wrongs:

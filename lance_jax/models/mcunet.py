@@ -151,6 +151,8 @@ def _parse_architecture(metadata: dict[str, str], path: str | Path) -> Architect
 def _parse_block(spec: dict[str, Any]) -> Block:
     *sizes, expand, residual = (spec[field] for field in Block._fields)
     kernel, stride, inputs, hidden, outputs = map(int, sizes)
+    if residual and (stride, inputs) != (1, outputs):
+        raise ValueError(f"a residual block of stride {stride} from {inputs} to {outputs} channels")
     return Block(kernel, stride, inputs, hidden, outputs, bool(expand), bool(residual))
 
 
