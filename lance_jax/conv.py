@@ -45,12 +45,17 @@ class Conv:
     @classmethod
     def of(cls, eqn: Any) -> "Conv":
         """From a `conv_general_dilated` equation whose kernel is its second operand."""
-        p = eqn.params
+        x, w, y = (v.aval.shape for v in (*eqn.invars, *eqn.outvars))
+        return cls.with_params(x, w, y, eqn.params)
+
+    @classmethod
+    def with_params(cls, x_shape: Any, w_shape: Any, y_shape: Any, p: Mapping[str, Any]) -> "Conv":
+        """From the shapes and the parameters of such an equation."""
         (n, c, *xs), (o, i, *ws), (yn, yo, *ys) = p["dimension_numbers"]
         return cls(
-            x_shape=eqn.invars[0].aval.shape,
-            w_shape=eqn.invars[1].aval.shape,
-            y_shape=eqn.outvars[0].aval.shape,
+            x_shape=x_shape,
+            w_shape=w_shape,
+            y_shape=y_shape,
             x_axes=(n, *xs, c),
             w_axes=(*ws, i, o),
             y_axes=(yn, *ys, yo),
@@ -182,7 +187,7 @@ class Conv:
 
     def _plain_gradient(self, core: jax.Array, dy: jax.Array) -> jax.Array:
         """(spatial..., channel / groups, out) from whole spatial axes."""
-        if self._is_pointwise:
+        if self.pointwise:
             steps = (slice(None), *(slice(None, None, s) for s in self.strides))
             batch = tuple(range(dy.ndim - 1))
             dims = ((batch, batch), ((), ()))
@@ -302,7 +307,8 @@ class Conv:
         return lax.ConvDimensionNumbers(x, (ndim - 1, ndim - 2, *range(ndim - 2)), x)
 
     @property
-    def _is_pointwise(self) -> bool:
+    def pointwise(self) -> bool:
+        """Whether it is a matrix product at each position: 1x1, ungrouped, nothing padded."""
         return (
             self.groups == 1
             and all(size == 1 for size in self._w_sizes[: len(self.strides)])

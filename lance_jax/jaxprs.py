@@ -39,6 +39,8 @@ _VIEWS = {
     lax.convert_element_type_p,
     prims.name_p,
     prims.sharding_constraint_p,
+    # the same numbers, and no gradient
+    prims.stop_gradient_p,
 }
 
 

@@ -13,6 +13,7 @@ from jax import lax
 
 from lance_jax import jaxprs, pointwise
 from lance_jax.conv import Conv
+from lance_jax.cpu_conv import conv_p
 from lance_jax.dense import Dense
 from lance_jax.factors import Factors, LayerFactors, Skipped, as_factors, table
 from lance_jax.jaxprs import Ref, Site
@@ -20,6 +21,8 @@ from lance_jax.modes import wider
 from lance_jax.quantize import Stored, load, store
 
 Product = Conv | Dense
+_CONVOLUTIONS = (lax.conv_general_dilated_p, conv_p)
+_PRODUCTS = (lax.dot_general_p, *_CONVOLUTIONS)
 _SCOPE = "lance_jax.compressed"  # the name that a compressed layer's equations carry
 
 
@@ -178,14 +181,14 @@ def _avals(eqn: Any, weight: int) -> Iterator[jax.ShapeDtypeStruct]:
 
 def product_of(eqn: Any, weight: int) -> Product:
     """The layer rule of a convolution or dense product."""
-    if eqn.primitive is lax.conv_general_dilated_p:
+    if eqn.primitive in _CONVOLUTIONS:
         return Conv.of(eqn)
     return Dense.of(eqn, x_is_lhs=weight == 1)
 
 
 def weight_of(eqn: Any, refs: list[Ref | None]) -> int | Skipped | None:
     """Which operand of a layer's equation is its weight; why it is none; None if it is no layer."""
-    if eqn.primitive not in (lax.dot_general_p, lax.conv_general_dilated_p):
+    if eqn.primitive not in _PRODUCTS:
         return _hidden(eqn, refs)
     made_of = {i: ref for i, ref in enumerate(refs) if ref and ref.paths}
     views = [i for i, ref in made_of.items() if ref.view]
@@ -194,6 +197,8 @@ def weight_of(eqn: Any, refs: list[Ref | None]) -> int | Skipped | None:
     path = " + ".join(dict.fromkeys(p for i in views or made_of for p in made_of[i].paths))
     if len(views) == 2:
         return Skipped(path, "both operands are parameters")
+    if _SCOPE in str(eqn.source_info.name_stack):
+        return Skipped(path, "it is compressed already")
     if not views:
         if len(made_of) == 2:
             return None  # arithmetic among parameters
@@ -202,7 +207,7 @@ def weight_of(eqn: Any, refs: list[Ref | None]) -> int | Skipped | None:
         return Skipped(
             path, f"operands of {eqn.invars[0].aval.dtype} and {eqn.invars[1].aval.dtype}"
         )
-    if eqn.primitive is lax.conv_general_dilated_p:
+    if eqn.primitive in _CONVOLUTIONS:
         if views == [0]:
             return Skipped(path, "the parameter is the convolution's input, not its kernel")
         if eqn.params["batch_group_count"] > 1:
@@ -222,11 +227,8 @@ def _hidden(eqn: Any, refs: list[Ref | None]) -> Skipped | None:
         if ref and len(var.aval.shape) >= 2
         for path in ref.paths
     ]
-    products = (lax.dot_general_p, lax.conv_general_dilated_p)
-    if not paths or not any(inner.primitive in products for inner in jaxprs.hidden_eqns(eqn)):
+    if not paths or not any(inner.primitive in _PRODUCTS for inner in jaxprs.hidden_eqns(eqn)):
         return None
-    if _SCOPE in str(eqn.source_info.name_stack):
-        return Skipped(" + ".join(dict.fromkeys(paths)), "it is compressed already")
     why = "has no reverse-mode derivative" if eqn.primitive.name == "while" else "is kept as it is"
     return Skipped(" + ".join(dict.fromkeys(paths)), f"inside {eqn.primitive.name}, which {why}")
 
@@ -297,35 +299,37 @@ def _apply(jaxpr: Any, i: int, node: Any, read: Callable[[Any], Any]) -> list[An
 def _layer_product(
     eqn: Any, weight: int, x: jax.Array, w: jax.Array, factors: LayerFactors
 ) -> jax.Array:
-    """The product, with a rule that saves the input's core and nothing else of it."""
+    """The product, differentiated by x alone, with a rule for dW that saves nothing but the core.
+
+    The product's equation stays visible, so that a walk over the result can lower it.
+    """
     layer = product_of(eqn, weight)
-    x_aval = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    w_dtype = w.dtype
+    x_aval, w_aval = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, w))
 
     def product(x, w):
         operands = (x, w) if weight == 1 else (w, x)
         return eqn.primitive.bind(*operands, **eqn.params)
 
     @jax.custom_vjp
-    def rule(x, w, factors):
-        return product(x, w)
+    def attach(y, x, w, factors):
+        return y
 
-    def forward(x, w, factors):
-        return product(x, w), (keep(layer, x, factors), w, factors)
+    def forward(y, x, w, factors):
+        return y, (keep(layer, x, factors), factors)
 
     def backward(saved, dy):
-        stored, w, factors = saved
-        dx = jax.linear_transpose(lambda x: product(x, w), x_aval)(dy)[0]
+        stored, factors = saved
         dtype = wider(x_aval.dtype, dy.dtype)
         core = load(stored, factors.core_dtype, layer.core_shape(factors.ranks), dtype)
-        dw = layer.weight_gradient(core, dy.astype(dtype), factors.bases, w_dtype)
+        dw = layer.weight_gradient(core, dy.astype(dtype), factors.bases, w_aval.dtype)
         if factors.mean is not None:
-            dw = dw + _mean_gradient(product, layer, factors.mean.astype(x_aval.dtype), w, dy)
-        return dx, dw, None
+            mean = factors.mean.astype(x_aval.dtype)
+            dw = dw + _mean_gradient(product, layer, mean, w_aval, dy)
+        return dy, None, dw, None
 
-    rule.defvjp(forward, backward)
+    attach.defvjp(forward, backward)
     with jax.named_scope(_SCOPE):
-        return rule(x, w, factors)
+        return attach(product(x, lax.stop_gradient(w)), x, w, factors)
 
 
 def keep(layer: Product, x: jax.Array, factors: LayerFactors) -> Stored:
@@ -336,7 +340,7 @@ def keep(layer: Product, x: jax.Array, factors: LayerFactors) -> Stored:
 
 
 def _mean_gradient(
-    product: Callable, layer: Product, mean: jax.Array, w: jax.Array, dy: jax.Array
+    product: Callable, layer: Product, mean: jax.Array, w: Any, dy: jax.Array
 ) -> jax.Array:
     """The mean's share of dW: the gradient of a batch of one, at the sum of dy over the batch."""
     one = jnp.expand_dims(mean, layer.batch_axis)
