@@ -70,6 +70,10 @@ def calibrate(
     its fewest leading eigenvectors that reach `energy`. Memory does not grow with the number of
     batches; there is one compilation for each batch shape.
 
+    A mode wider than 4096 (the patches of 512 channels) has a sketch of 1024 columns instead of its
+    Gram matrix (`hosvd`). The share that its directions hold is known from below: a slowly falling
+    spectrum gets a few directions more than it needs, never too few.
+
     Args:
       apply_fn: any JAX function of (params, *args).
       params: a pytree of parameters.
@@ -89,8 +93,9 @@ def calibrate(
       layer at one common rank. Selected layers without a basis are listed in `.skipped`.
 
     Raises:
-      ValueError: for bad arguments, no batches, nothing selected, or inputs of a layer that are
-        all zero or not finite (with `modes=()` they are not looked at).
+      ValueError: for bad arguments, no batches, nothing selected, inputs of a layer that are all
+        zero or not finite (with `modes=()` they are not looked at), or a mode wider than 4096 that
+        needs more than 1024 directions.
     """
     modes = tuple(modes) if isinstance(modes, Iterable) and not isinstance(modes, str) else modes
     energy = _energy(energy, modes)
@@ -109,7 +114,7 @@ def calibrate(
         if center:
             sums, mean = _centred(path, sums, use)
         dtype = accumulator(use.x.dtype)
-        bases = {mode: jnp.asarray(_basis(gram, energy), dtype) for mode, gram in sums.items()}
+        bases = {m: jnp.asarray(_basis(path, m, one, energy), dtype) for m, one in sums.items()}
         layers[path] = LayerFactors(bases, mean, core_dtype)
     return Factors(layers, skipped)
 
@@ -234,12 +239,14 @@ def _sum_grams(
 def _add(total: np.ndarray | None, new: np.ndarray, path: str, mode: str) -> np.ndarray:
     if total is None or total.shape == new.shape:
         return new if total is None else total + new
-    if mode == "batch" and new.shape[-1] < total.shape[-1]:  # a short last batch
+    if mode == "batch" and new.shape[-2] < total.shape[-2]:  # a short last batch
+        if hosvd.is_gram(new) and not hosvd.is_gram(total):
+            new = hosvd.sketch_of(new, hosvd.COLUMNS)
         short = [(0, a - b) for a, b in zip(total.shape, new.shape, strict=True)]
         return total + np.pad(new, short)
     raise ValueError(
-        f"the {mode} mode of {path!r} has size {new.shape[-1]} in one batch and "
-        f"{total.shape[-1]} in the first; it must not grow or change between batches"
+        f"the {mode} mode of {path!r} has size {new.shape[-2]} in one batch and "
+        f"{total.shape[-2]} in the first; it must not grow or change between batches"
     )
 
 
@@ -279,7 +286,7 @@ def _probes(use: Use, modes: Sequence[str]) -> dict[str, jax.Array]:
         elif mode == _COUNT:
             shape = ()
         else:
-            shape = (*product.basis_shape(mode), product.modes[mode])
+            shape = (*product.basis_shape(mode), hosvd.columns(product.modes[mode]))
         zeros[mode] = jnp.zeros((*use.stack, *shape), dtype)
     return zeros
 
@@ -337,16 +344,12 @@ def _centred(
             of_mean = jax.vmap(of_mean)
         share = np.asarray(of_mean(mean), np.float64)
         sums[mode] = value - share * each(value)
-        if _trace(sums[mode]) <= _CANCELLED * _trace(value):
+        if hosvd.trace(sums[mode]).sum() <= _CANCELLED * hosvd.trace(value).sum():
             raise ValueError(
                 f"the input of {path!r} is the same in all samples: nothing is left to project "
                 "once it is centred"
             )
     return sums, mean.astype(accumulator(use.x.dtype))
-
-
-def _trace(grams: np.ndarray) -> float:
-    return float(np.trace(grams, axis1=-2, axis2=-1).sum())
 
 
 def _check_finite(path: str, sums: dict[str, np.ndarray]) -> None:
@@ -356,11 +359,19 @@ def _check_finite(path: str, sums: dict[str, np.ndarray]) -> None:
         raise ValueError(f"the input of {path!r} is all zero in the calibration batches")
 
 
-def _basis(total: np.ndarray, energy: float) -> np.ndarray:
-    """Bases (..., n, r) of stacked Gram matrices (..., n, n), at the largest rank any needs."""
+def _basis(path: str, mode: str, total: np.ndarray, energy: float) -> np.ndarray:
+    """Bases (..., n, r) of stacked Gram matrices or sketches, at the largest rank any needs."""
     stack = total.reshape(-1, *total.shape[-2:])
-    pairs = [hosvd.eigh(one) for one in stack]
+    pairs = [hosvd.decompose(one) for one in stack]
     # A layer or group of zeros among others that are not has no direction of its own to keep.
     r = max(hosvd.rank(values, energy) for values, _ in pairs if values.any())
+    n, most = pairs[0][1].shape
+    if r > most:
+        reached = min(1 - values[-1] / values.sum() for values, _ in pairs if values.any())
+        raise ValueError(
+            f"energy is {energy}, but the {mode} mode of {path!r}, {n} wide, reaches "
+            f"{np.floor(reached * 1000) / 1000} with the {most} directions that are sought in a "
+            "mode so wide; ask for less, or for other modes"
+        )
     bases = np.stack([vectors[:, :r] for _, vectors in pairs])
     return bases.reshape(*total.shape[:-1], r)

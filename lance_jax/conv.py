@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lance_jax import hosvd
 from lance_jax.dense import gram
 from lance_jax.modes import Steps, accumulator, apply_chain, cheapest_chain, mode_product
 
@@ -241,7 +242,10 @@ class Conv:
     # --- the layer's own tensors ---
 
     def gram(self, x: jax.Array, mode: str) -> jax.Array:
-        """X_(m) X_(m)^T of one mode: (n, n), or (groups, n, n) of a grouped layer's patches."""
+        """X_(m) X_(m)^T of one mode: (n, n), or its sketch (n, k + 1) where n is wide (`hosvd`).
+
+        (groups, ...) of a grouped layer's patches.
+        """
         x = x.transpose(self.x_axes)
         if mode != "patch":
             return gram(x, self._axis(mode))
@@ -253,11 +257,9 @@ class Conv:
         )
 
         def add(total, part):
-            patches = self._patches(part)
-            dims = (((1,), (1,)), ((0,), (0,)))
-            return total + lax.dot_general(patches, patches, dims, lax.Precision.HIGHEST), None
+            return total + jax.vmap(lambda rows: gram(rows, 1))(self._patches(part)), None
 
-        total = jnp.zeros((self.groups, n, n), x.dtype)
+        total = jnp.zeros((self.groups, n, hosvd.columns(n)), x.dtype)
         total, _ = lax.scan(add, total, x.reshape(parts, -1, *x.shape[1:]))
         return total if self.groups > 1 else total[0]
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax import lax
 
+from lance_jax import hosvd
 from lance_jax.modes import Steps, accumulator, apply_chain, cheapest_chain, mode_product
 
 Axes = tuple[int, ...]
@@ -150,7 +151,7 @@ class Dense:
     # --- the layer's own tensors ---
 
     def gram(self, x: jax.Array, mode: str) -> jax.Array:
-        """X_(m) X_(m)^T of one mode, (n, n)."""
+        """X_(m) X_(m)^T of one mode, (n, n), or its sketch (n, k + 1) where n is wide (`hosvd`)."""
         return gram(self._x(x), self._axis(mode))
 
     def _axis(self, mode: str) -> int:
@@ -210,10 +211,11 @@ def _cheapest(layer: Dense, ranks: tuple[tuple[str, int], ...]) -> tuple[int, St
 
 
 def gram(x: jax.Array, axis: int) -> jax.Array:
-    """The Gram matrix of one axis, summed over all others, in at least float32."""
+    """The Gram matrix of one axis, summed over all others, or its sketch; in at least float32."""
     x = x.astype(accumulator(x.dtype))
-    others = tuple(i for i in range(x.ndim) if i != axis)
-    return lax.dot_general(x, x, ((others, others), ((), ())), lax.Precision.HIGHEST)
+    if x.shape[axis] > hosvd.WIDEST:
+        return hosvd.sketch(x, axis, hosvd.COLUMNS)
+    return hosvd.gram(x, axis)
 
 
 def _free_names(count: int) -> list[str]:
