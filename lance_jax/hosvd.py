@@ -4,7 +4,7 @@ A mode wider than `WIDEST` never meets its (n, n) Gram matrix C. What is summed 
 linear in C and has few columns: a sketch (n, k + 1), the columns of C Omega and, last, the diagonal
 of C. Omega (n, k) is a fixed random matrix. One pass over the batches gives the leading
 eigenvectors of C by the Nystrom approximation (Tropp, Yurtsever, Udell and Cevher, Fixed-rank
-approximation of a positive-semidefinite matrix from streaming data, 2017).
+approximation of a positive-semidefinite matrix from streaming data, 2017, arXiv 1706.05736).
 """
 
 import numbers
@@ -61,7 +61,7 @@ def subspace(gram: npt.ArrayLike, energy: float) -> np.ndarray:
 
 
 def decompose(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Shares of the energy and the directions they belong to, for `rank`: `eigh` or `nystrom`."""
+    """`eigh` of a Gram matrix, or `nystrom` of a sketch: values for `rank`, and directions."""
     return eigh(sums) if is_gram(sums) else nystrom(sums)
 
 
@@ -75,18 +75,20 @@ def eigh(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def nystrom(sketched: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Eigenvalues (k + 1,) and eigenvectors (n, k) of C from its sketch (n, k + 1), in float64.
 
-    The Nystrom approximation is (C Omega) (Omega^T C Omega)^+ (C Omega)^T (Tropp et al. 2017,
-    equation 2.1): exact where C has rank k or less, and never above C. So the first r directions
-    hold at least the sum of the first r values. What the k values lack to the trace of C is the
-    last, and has no direction: `rank` gives k + 1 where they do not suffice.
+    The Nystrom approximation is (C Omega) (Omega^T C Omega)^+ (C Omega)^T (Tropp et al. 2017):
+    exact where C has rank k or less, and never above C. So the first r directions hold at least the
+    sum of the first r values. What the k values lack to the trace of C is the last, and has no
+    direction: `rank` gives k + 1 where they do not suffice.
 
     Their Algorithm 3 shifts C against rounding and takes a Cholesky factor. Here the pseudo-inverse
     leaves out what rounding has made: the eigenvalues of Omega^T C Omega below zero tell how large
     that is, also where C is a difference (about a mean), in which a shift by the rounding of C
     itself would not do.
     """
-    y, diagonal = np.asarray(sketched, np.float64)[:, :-1], sketched[:, -1]
-    omega = np.asarray(signs(*y.shape, jnp.float32), np.float64)
+    sketched = np.asarray(sketched, np.float64)
+    y, diagonal = sketched[:, :-1], sketched[:, -1]
+    n, k = y.shape
+    omega = np.asarray(signs(n, k, jnp.float32), np.float64)
     core = omega.T @ y
     values, vectors = np.linalg.eigh((core + core.T) / 2)
     real = values > max(0.0, -2 * values[0])

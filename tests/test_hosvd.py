@@ -214,7 +214,10 @@ def test_a_sketch_of_low_rank_is_exact(rank, dtype):
 
 @spectra
 def test_what_a_sketch_captures(spectrum):
-    """Orthonormal, honest, and within the bound of Theorem 4.1 (Tropp et al. 2017)."""
+    """Orthonormal, honest, and within the bound of theory for random sketches of k columns.
+
+    That is Theorem 10.5 of Halko, Martinsson and Tropp (2011) for the root of the Gram matrix.
+    """
     rows, _ = rows_of(spectrum)
     values, directions = hosvd.nystrom(sketch(rows))
     whole = spectrum.sum()
