@@ -19,7 +19,8 @@ from scipy import stats
 
 import lance_jax
 from benchmarks import records, tasks
-from lance_jax import data, loop, train
+from lance_jax import loop, train
+from lance_jax.loader import Loader
 
 WARM_UP = 3  # rounds that compile
 
@@ -84,8 +85,8 @@ def gradient_steps(config, problem) -> dict[str, Callable]:
 
 def batches(config, problem):
     """Endless training batches (inputs, labels)."""
-    for indices in data.Loader(len(problem.train.labels), config.batch_size, config.seed):
-        inputs = jnp.asarray(problem.train.inputs[0, indices])
+    for indices in Loader(len(problem.train.labels), config.batch_size, config.seed):
+        inputs = jnp.asarray(problem.train.read(indices))
         yield inputs, jnp.asarray(problem.train.labels[indices])
 
 

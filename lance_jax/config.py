@@ -16,11 +16,12 @@ import ml_collections
 import numpy as np
 
 from lance_jax import metrics
-from lance_jax.data import Pictures
 from lance_jax.factors import CORE_DTYPES
+from lance_jax.pictures import Pictures
 
 Config = Any  # an ml_collections.ConfigDict, whose own annotations fit no field
 
+DATA_DIR = "~/tensorflow_datasets"  # where TensorFlow Datasets looks, too
 METHODS = ("head", "bias", "backprop", "lance")
 MODES = ("paper", "none", "batch", "height", "width", "channel", "patch")
 # what may change between two runs in one working directory; anything else changes the results
@@ -80,11 +81,22 @@ def digits() -> ml_collections.ConfigDict:
 def mcunet() -> ml_collections.ConfigDict:
     """`base`, for an MCUNet pretrained on ImageNet and a data set of TensorFlow Datasets."""
     config = base()
-    config.data_dir = "~/tensorflow_datasets"
+    config.data_dir = DATA_DIR
     config.flip = True
     config.model = "mcunet"
     config.weights = "mcunet-5fps.safetensors"
     config.cache_dir = "~/.cache/lance_jax"  # of frozen features; "" for memory alone
+    return config
+
+
+def folder() -> ml_collections.ConfigDict:
+    """`mcunet`, for a folder of class folders."""
+    config = mcunet()
+    config.dataset = "folder"
+    config.folder = ""
+    del config.data_dir
+    config.test_fraction = 0.2  # drawn by the seed, where the folder has no train/ and test/
+    config.unreadable = "error"  # or "skip": files that are no pictures inside are left out
     return config
 
 
@@ -105,6 +117,8 @@ def check(config: Config, workdir: str | Path) -> None:
         "modes": (("", *MODES), names(config.modes)),
         "core_dtype": (("", *filter(None, CORE_DTYPES)), [config.core_dtype]),
     }
+    if config.dataset == "folder":
+        allowed["unreadable"] = (("error", "skip"), [config.unreadable])
     for field, (known, given) in allowed.items():
         for value in given:
             if value not in known:
@@ -131,6 +145,8 @@ def check(config: Config, workdir: str | Path) -> None:
     _check_modes(config)
     if not 0 < config.energy <= 1:
         raise ValueError(f"config.energy is {config.energy}; it must lie in (0, 1]")
+    if config.dataset == "folder" and not 0 < config.test_fraction < 1:
+        raise ValueError(f"config.test_fraction is {config.test_fraction}; it must lie in (0, 1)")
     if not 0 <= config.momentum < 1:
         raise ValueError(f"config.momentum is {config.momentum}; it must lie in [0, 1)")
     positive = {"clip": config.clip}
@@ -162,6 +178,7 @@ def _check_modes(config: Config) -> None:
 def _check_fields(config: Config) -> None:
     """All fields are there, and numbers where numbers belong."""
     origin = {"digits": digits, "mcunet": mcunet}.get(config.get("model"), base)
+    origin = folder if config.get("dataset") == "folder" else origin
     for name, default in origin().items():
         if name not in config:
             raise ValueError(

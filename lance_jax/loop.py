@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,21 +14,29 @@ import optax
 from rich.progress import Progress
 
 import lance_jax
-from lance_jax import data, metrics
+from lance_jax import metrics
 from lance_jax.checkpoint import Checkpoint, Checkpoints
 from lance_jax.config import Config
+from lance_jax.features import Features
+from lance_jax.loader import Loader, read_ahead
+from lance_jax.pictures import Pictures
 
 WARM_UP_STEPS = 3  # of each process, not timed: they compile
 
 ApplyFn = Callable[[Any, Any], Any]
-StepFn = Callable[[Any, np.ndarray], tuple[Any, float, float]]
+Examples = Features | Pictures
 
 
-class Examples(NamedTuple):
-    """Network inputs (views, n, ...), one view per mirror image, and labels (n,)."""
+class Batch(NamedTuple):
+    """One step's examples; `key` (its data) and `position` are those of the batch that follows."""
 
     inputs: np.ndarray
     labels: np.ndarray
+    key: jax.Array
+    position: tuple[int, int]
+
+
+StepFn = Callable[[Any, Batch], tuple[Any, float, float]]
 
 
 class Fitted(NamedTuple):
@@ -75,7 +84,7 @@ def fit(
     finite; it names `field`, where the configuration has the learning rate.
     """
     size = len(examples.labels)
-    loader = data.Loader(size, config.batch_size, config.seed)
+    loader = Loader(size, config.batch_size, config.seed)
     total = epochs * loader.steps_per_epoch
     cosine = optax.cosine_decay_schedule(learning_rate, total)
 
@@ -91,18 +100,22 @@ def fit(
         if now is None:
             now = _start(initial, calibrate)
             checkpoints.save(now)
-        loader = data.Loader(size, config.batch_size, config.seed, tuple(now.info["position"]))
+        loader = Loader(size, config.batch_size, config.seed, tuple(now.info["position"]))
+        batches = _batches(examples, loader, now.state["key"])
         log = metrics.Metrics(directory / "metrics.jsonl", now.step)
         compressed = apply_fn if calibrate is None else lance_jax.compress(apply_fn, now.factors)
-        step_fn = _step_fn(for_device(compressed), examples, optimizer, trainable)
+        step_fn = _step_fn(for_device(compressed), optimizer, trainable)
         untimed = now.step + WARM_UP_STEPS
-        with Progress(*metrics.COLUMNS) as progress:
+        with closing(batches), Progress(*metrics.COLUMNS) as progress:
             bar = progress.add_task(directory.name, total=total, completed=now.step)
             for window in range(1, total + 1):
                 if now.step == total:
                     break
+                first = now.info["position"][1]
+                steps = config.log_every - first % config.log_every
+                steps = min(steps, loader.steps_per_epoch - first)
                 try:
-                    line, now = _window(step_fn, now, loader, config.log_every, untimed)
+                    line, now = _window(step_fn, now, batches, steps, untimed)
                 except FloatingPointError as error:
                     raise FloatingPointError(
                         f"{directory.name}: {error}; try a lower config.{field} than "
@@ -147,18 +160,41 @@ def _start(state: Any, calibrate: Callable[[], lance_jax.Factors] | None) -> Che
     return Checkpoint(0, state, factors, {"position": (0, 0), "calibration_seconds": seconds})
 
 
+def _batches(examples: Examples, loader: Loader, key: jax.Array) -> Generator[Batch, None, None]:
+    """Batches from the loader's position on, read ahead; views are drawn by `key` (its data)."""
+
+    @jax.jit
+    def draw_views(key: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+        key, subkey = jax.random.split(jax.random.wrap_key_data(key))
+        views = jax.random.randint(subkey, indices.shape, 0, examples.views)
+        return jax.random.key_data(key), views
+
+    def draws() -> Iterator[tuple[np.ndarray, np.ndarray, jax.Array, tuple[int, int]]]:
+        following = key
+        for indices in loader:
+            following, views = draw_views(following, indices)
+            yield indices, np.asarray(views), following, loader.position
+
+    def read(draw: tuple[np.ndarray, np.ndarray, jax.Array, tuple[int, int]]) -> Batch:
+        indices, views, key, position = draw
+        return Batch(examples.read(indices, views), examples.labels[indices], key, position)
+
+    return read_ahead(read, draws())
+
+
 def _window(
-    step_fn: StepFn, now: Checkpoint, loader: data.Loader, log_every: int, untimed: int
+    step_fn: StepFn, now: Checkpoint, batches: Iterator[Batch], steps: int, untimed: int
 ) -> tuple[dict[str, Any], Checkpoint]:
-    """Trains to the window's end: `log_every` steps, or the epoch's end. Its line of metrics.
+    """Trains for the `steps` of a window, which lie in one epoch. Its line of metrics.
 
     Steps up to number `untimed` are left out of the times.
     """
-    epoch, first = loader.position
-    steps = min(log_every - first % log_every, loader.steps_per_epoch - first)
-    state, losses, seconds = now.state, [], []
+    position = now.info["position"]
+    epoch, state, losses, seconds = position[0], now.state, [], []
     for step in range(now.step + 1, now.step + steps + 1):
-        state, loss, duration = step_fn(state, next(loader))
+        batch = next(batches)
+        state, loss, duration = step_fn(state, batch)
+        position = batch.position
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {step} (epoch {epoch})")
         losses.append(loss)
@@ -171,35 +207,24 @@ def _window(
         "loss": math.fsum(losses) / steps,
         "step_seconds": seconds,
     }
-    info = {**now.info, "position": loader.position}
+    info = {**now.info, "position": position}
     return line, now._replace(step=now.step + steps, state=state, info=info)
 
 
 def _step_fn(
-    apply_fn: ApplyFn,
-    examples: Examples,
-    optimizer: optax.GradientTransformation,
-    trainable: list[str] | None,
+    apply_fn: ApplyFn, optimizer: optax.GradientTransformation, trainable: list[str] | None
 ) -> StepFn:
-    """step(state, indices) -> (state, loss, seconds), the seconds without fetching the batch."""
+    """step(state, batch) -> (state, loss, seconds), the seconds without fetching the batch."""
     value_and_grad = lance_jax.value_and_grad(loss_of(apply_fn), trainable=trainable)
-
-    @jax.jit
-    def draw_views(key: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
-        key, subkey = jax.random.split(jax.random.wrap_key_data(key))
-        views = jax.random.randint(subkey, indices.shape, 0, len(examples.inputs))
-        return jax.random.key_data(key), views
 
     @jax.jit
     def update(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    def step(state: dict[str, Any], indices: np.ndarray) -> tuple[dict[str, Any], float, float]:
+    def step(state: dict[str, Any], batch: Batch) -> tuple[dict[str, Any], float, float]:
         params = state["params"]
-        key, views = draw_views(state["key"], indices)
-        inputs = jnp.asarray(examples.inputs[np.asarray(views), indices])
-        labels = jnp.asarray(examples.labels[indices])
+        inputs, labels = jnp.asarray(batch.inputs), jnp.asarray(batch.labels)
         jax.block_until_ready((inputs, labels))
 
         start = time.perf_counter()
@@ -212,7 +237,7 @@ def _step_fn(
         seconds = time.perf_counter() - start
 
         params = value_and_grad.merge(trained, frozen)
-        state = {"params": params, "optimizer": optimizer_state, "key": key}
+        state = {"params": params, "optimizer": optimizer_state, "key": batch.key}
         return state, float(loss), seconds
 
     return step

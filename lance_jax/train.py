@@ -17,8 +17,12 @@ import numpy as np
 import lance_jax
 from lance_jax import data, metrics
 from lance_jax.config import Config, check, claim, names
+from lance_jax.features import Features, features
+from lance_jax.folder import folder_pictures
+from lance_jax.loader import Loader, read_ahead
 from lance_jax.loop import ApplyFn, Examples, Fitted, fit, for_device, loss_of
 from lance_jax.models import digits, mcunet
+from lance_jax.pictures import Pictures
 
 PREFIX_BATCH = 32  # pictures at a time through the frozen prefix
 
@@ -26,8 +30,8 @@ PREFIX_BATCH = 32  # pictures at a time through the frozen prefix
 class Problem(NamedTuple):
     """What all methods share: logits = apply_fn(params, inputs), and the examples.
 
-    The inputs are the frozen prefix's features; `network` is the whole of it, from pictures on,
-    with the shapes of its parameters and of one picture.
+    The inputs are the frozen prefix's features, or the pictures where nothing is frozen; `network`
+    is the whole of it, from pictures on, with the shapes of its parameters and of one picture.
     """
 
     apply_fn: ApplyFn
@@ -115,21 +119,18 @@ def prepare(config: Config, workdir: str | Path) -> Problem:
         architecture, params = mcunet.load(config.weights)
         layers = mcunet.last_pointwise(architecture, config.trainable_layers)
         side = architecture.resolution
-        pictures = {
-            split: data.tfds_pictures(config.dataset, config.data_dir, split, side, classes)
-            for split in splits
-        }
+        pictures = read_pictures(config, splits, side)
         network, cache_dir = mcunet.MCUNet(architecture), config.cache_dir
         claim(config, Path(workdir), pictures, params)
     first_block = layers[0][0]
-    prefix = network.clone(stop=first_block)
+    prefix = network.clone(stop=first_block) if first_block else None
     train, evaluation = examples(config, prefix, params, pictures, cache_dir)
     suffix = network.clone(start=first_block, classes=len(pictures["train"].classes))
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    initial = jax.eval_shape(suffix.init, key, train.inputs[0, :1])["params"]
+    initial = jax.eval_shape(suffix.init, key, train.read([0]))["params"]
     params = {name: params[name] for name in initial if name != "head"}
     params["head"] = jax.jit(lambda *args: suffix.init(*args)["params"]["head"])(
-        key, train.inputs[0, :1]
+        key, train.read([0])
     )
     whole = network.clone(classes=suffix.classes)
     picture = pictures["train"].read([0]).shape[1:]
@@ -148,38 +149,63 @@ def prepare(config: Config, workdir: str | Path) -> Problem:
     )
 
 
+def read_pictures(config: Config, splits: Sequence[str], side: int) -> dict[str, Pictures]:
+    """The splits of a folder, or of a prepared data set, by name."""
+    classes = names(config.classes)
+    if config.dataset != "folder":
+        place = config.data_dir
+        return {s: data.tfds_pictures(config.dataset, place, s, side, classes) for s in splits}
+    pictures = folder_pictures(
+        config.folder,
+        side,
+        classes,
+        test_fraction=config.test_fraction,
+        seed=config.seed,
+        unreadable=config.unreadable,
+        track=metrics.track,
+    )
+    return {split: pictures[split] for split in splits}
+
+
 def examples(
     config: Config,
-    prefix: nn.Module,
+    prefix: nn.Module | None,
     params: dict[str, Any],
-    pictures: dict[str, data.Pictures],
+    pictures: dict[str, Pictures],
     cache_dir: str,
 ) -> tuple[Examples, Examples]:
-    """Training and evaluation examples: the pictures' frozen features."""
+    """Training and evaluation examples: the pictures' frozen features, or else the pictures."""
+    train = pictures["train"]._replace(flip=config.flip)
+    parts = {"train": train, **{name: part for name, part in pictures.items() if name != "train"}}
+    if prefix is not None:
+        parts = frozen_features(prefix, params, parts, cache_dir)
+    if config.eval_split == "test":
+        return parts["train"], parts["test"]
+    kept, held_out = data.validation_split(train.labels, config.validation_fraction, config.seed)
+    return parts["train"].take(kept), parts["train"].take(held_out)
+
+
+def frozen_features(
+    prefix: nn.Module, params: dict[str, Any], pictures: dict[str, Pictures], cache_dir: str
+) -> dict[str, Features]:
+    """Output of the frozen prefix for each split."""
     side, channels = pictures["train"].side, pictures["train"].read([0]).shape[-1]
     shape = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
     used = jax.eval_shape(prefix.init, jax.random.key(0), shape)["params"]
     frozen = {name: params[name] for name in sorted(used)}
     forward = jax.jit(for_device(lambda frozen, images: prefix.apply({"params": frozen}, images)))
 
-    def features(split: str, flip: bool) -> Examples:
-        inputs = data.features(
+    return {
+        split: features(
             lambda images: np.asarray(forward(frozen, images)),
-            pictures[split],
+            part,
             weights=[repr(prefix), *map(np.asarray, jax.tree.leaves(frozen))],
-            flip=flip,
             batch_size=PREFIX_BATCH,
             cache_dir=cache_dir,
             track=metrics.track,
         )
-        return Examples(inputs, pictures[split].labels)
-
-    train = features("train", config.flip)
-    if config.eval_split == "test":
-        return train, features("test", False)
-    parts = data.validation_split(train.labels, config.validation_fraction, config.seed)
-    kept, held_out = (Examples(train.inputs[:, i], train.labels[i]) for i in parts)
-    return kept, held_out
+        for split, part in pictures.items()
+    }
 
 
 def pretrain_digits(config: Config, workdir: str | Path) -> dict[str, Any]:
@@ -187,12 +213,11 @@ def pretrain_digits(config: Config, workdir: str | Path) -> dict[str, Any]:
     classes = names(config.pretrain.classes)
     pictures = data.digits("train", classes)
     network = digits.DigitsNet(classes=len(classes))
-    images = pictures.read(range(len(pictures.labels)))
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
     return fit(
         lambda params, inputs: network.apply({"params": params}, inputs),
-        network.init(key, jnp.asarray(images[:1]))["params"],
-        Examples(images[None], pictures.labels),
+        network.init(key, jnp.asarray(pictures.read([0])))["params"],
+        pictures,
         config,
         epochs=config.pretrain.epochs,
         learning_rate=config.pretrain.learning_rate,
@@ -221,12 +246,12 @@ def calibration(config: Config, problem: Problem) -> Callable[[], lance_jax.Fact
     core_dtype = config.core_dtype or None
 
     def calibrate() -> lance_jax.Factors:
-        order = data.Loader(len(problem.train.labels), config.batch_size, config.seed)
+        order = Loader(len(problem.train.labels), config.batch_size, config.seed)
         batches = itertools.islice(order, config.calibration_batches)
         factors = lance_jax.calibrate(
             for_device(problem.apply_fn),
             problem.params,
-            (jnp.asarray(problem.train.inputs[0, indices]) for indices in batches),
+            map(jnp.asarray, read_ahead(problem.train.read, batches)),
             select=[f"^{layer}/" for layer in problem.layers],
             energy=config.energy,
             modes=modes,
@@ -268,13 +293,15 @@ def saved_bytes(
 
 def accuracy(problem: Problem, params: Any, batch_size: int) -> float:
     """Share of the evaluation examples, unmirrored, that the network classifies rightly."""
-    inputs, labels = problem.evaluation
+    labels = problem.evaluation.labels
     logits = for_device(problem.apply_fn)
     predict = jax.jit(lambda params, inputs: jnp.argmax(logits(params, inputs), axis=-1))
     n, right = len(labels), 0
-    for start in range(0, n, batch_size):
-        indices = np.arange(start, start + batch_size) % n  # a full last batch: no second compile
-        predicted = np.asarray(predict(params, jnp.asarray(inputs[0, indices])))
+    # a full last batch: no second compile
+    batches = [np.arange(start, start + batch_size) % n for start in range(0, n, batch_size)]
+    inputs = read_ahead(problem.evaluation.read, batches)
+    for start, indices, batch in zip(range(0, n, batch_size), batches, inputs, strict=True):
+        predicted = np.asarray(predict(params, jnp.asarray(batch)))
         right += int((predicted == labels[indices])[: n - start].sum())
     return right / n
 

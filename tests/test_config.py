@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from settings import settings
 
-from lance_jax import config, data, train
+from lance_jax import config, train
+from lance_jax.pictures import Pictures
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -15,7 +16,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 def claim(workdir, train=None, weights=None):
     images = np.zeros((2, 8, 8, 1), np.float32)
     images[0, 0, 0, 0] = 0 if train is None else 1
-    pictures = data.Pictures(images, np.zeros(2, np.int32), ("a",), 8)
+    pictures = Pictures(images, np.zeros(2, np.int32), ("a",), 8)
     params = {"w": np.zeros(3, np.float32) if weights is None else weights}
     config.claim(settings(), workdir, {"train": pictures}, params)
 

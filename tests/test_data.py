@@ -1,31 +1,18 @@
 """Pictures, cached features and the order of batches."""
 
 import importlib
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from samples import pictures
 
 from lance_jax import data
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "tfds"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data/tfds")
-
-
-def png(pixels):
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
-def pictures(n=5, side=4, seed=0, classes=("a", "b", "c")):
-    pixels = np.random.default_rng(seed).integers(0, 256, (n, side, side, 3), np.uint8)
-    labels = np.arange(n, dtype=np.int32) % len(classes)
-    return data.Pictures([png(p) for p in pixels], labels, classes, side), pixels
 
 
 def test_digits_are_real_and_divided_once():
@@ -38,24 +25,6 @@ def test_digits_are_real_and_divided_once():
     assert x.min() == -1 and x.max() == 1
     both = {bytes(image) for image in train.images} & {bytes(image) for image in test.images}
     assert not both
-
-
-def test_pictures_are_scaled_to_minus_one_to_one():
-    chosen, pixels = pictures()
-    x = chosen.read([3, 1])
-    assert x.dtype == np.float32
-    np.testing.assert_allclose(x, pixels[[3, 1]] / 127.5 - 1, atol=1e-7)
-
-
-def test_pictures_are_resized_bicubically_whatever_their_form():
-    pixels = np.random.default_rng(0).integers(0, 256, (9, 5), np.uint8)
-    grey = data.Pictures([png(pixels)], np.zeros(1, np.int32), ("a",), 16).read([0])
-    expected = Image.fromarray(pixels).resize((16, 16), Image.Resampling.BICUBIC)
-    assert grey.shape == (1, 16, 16, 3)
-    for channel in range(3):
-        np.testing.assert_allclose(
-            grey[0, ..., channel], np.asarray(expected) / 127.5 - 1, atol=1e-6
-        )
 
 
 def test_restrict_keeps_the_named_classes_in_their_order():
@@ -177,104 +146,3 @@ def test_validation_split_is_stratified_and_by_seed(seed):
 def test_validation_split_of_nothing(fraction):
     with pytest.raises(ValueError, match="validation_fraction"):
         data.validation_split(np.arange(4), fraction, 0)
-
-
-def test_loader_goes_over_everything_once_an_epoch():
-    loader = data.Loader(11, 3, seed=5)
-    epochs = [[next(loader) for _ in range(3)] for _ in range(4)]
-    for epoch in epochs:
-        assert len(set(np.concatenate(epoch))) == 9
-    assert len({tuple(np.concatenate(epoch)) for epoch in epochs}) == 4
-    assert loader.position == (4, 0)
-
-
-@pytest.mark.parametrize("after", [0, 1, 2, 3, 7])
-def test_loader_goes_on_from_a_saved_position(after):
-    loader = data.Loader(11, 3, seed=5)
-    for _ in range(after):
-        next(loader)
-    resumed = data.Loader(11, 3, seed=5, position=loader.position)
-    for _ in range(8):
-        np.testing.assert_array_equal(next(loader), next(resumed))
-
-
-@pytest.mark.parametrize("batch_size", [0, -1, 12])
-def test_loader_of_an_impossible_batch(batch_size):
-    with pytest.raises(ValueError, match=f"batch_size is {batch_size}; it must be 1 to 11"):
-        data.Loader(11, batch_size, seed=0)
-
-
-class Prefix:
-    """A stand-in for the frozen network, which counts its pictures."""
-
-    def __init__(self):
-        self.seen = 0
-
-    def __call__(self, images):
-        self.seen += len(images)
-        return images * np.float32(2)
-
-
-ONES = np.ones(3)
-
-
-def features(chosen, prefix, cache_dir="", weights=(ONES,), flip=True):
-    return data.features(
-        prefix, chosen, weights=weights, flip=flip, batch_size=2, cache_dir=cache_dir
-    )
-
-
-@pytest.mark.parametrize("cached", [False, True])
-def test_features_of_both_views(tmp_path, cached):
-    chosen, _ = pictures(5)
-    found = features(chosen, Prefix(), tmp_path if cached else "")
-    x = 2 * chosen.read(range(5))
-    np.testing.assert_array_equal(found, np.stack([x, x[:, :, ::-1]]))
-    np.testing.assert_array_equal(features(chosen, Prefix(), flip=False), x[None])
-
-
-def test_features_are_computed_once_for_the_same_weights_pictures_and_transform(tmp_path):
-    chosen, _ = pictures(5)
-    first = features(chosen, Prefix(), tmp_path)
-    prefix = Prefix()
-    again = features(chosen, prefix, tmp_path)
-    assert prefix.seen == 0
-    np.testing.assert_array_equal(first, again)
-    changes: tuple[dict[str, Any], ...] = (
-        {"weights": (np.zeros(3),)},
-        {"weights": ("stem", ONES)},
-        {"flip": False},
-        {"chosen": pictures(5, seed=1)[0]},
-        {"chosen": chosen.take(np.array([1, 0, 2, 3, 4]))},
-        {"chosen": chosen._replace(side=8)},
-    )
-    for change in changes:
-        prefix = Prefix()
-        features(**{"chosen": chosen, "prefix": prefix, "cache_dir": tmp_path, **change})
-        assert prefix.seen > 0, change
-
-
-@pytest.mark.parametrize("damage", [b"", b"half an array"])
-def test_a_damaged_cache_is_computed_again(tmp_path, damage):
-    chosen, _ = pictures(5)
-    first = np.array(features(chosen, Prefix(), tmp_path))
-    (file,) = tmp_path.iterdir()
-    file.write_bytes(damage)
-    np.testing.assert_array_equal(features(chosen, Prefix(), tmp_path), first)
-
-
-def test_a_cache_that_was_not_finished_is_not_read(tmp_path, monkeypatch):
-    chosen, _ = pictures(5)
-
-    def killed(file, array):
-        file.write(b"half an array")
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "save", killed)
-        with pytest.raises(KeyboardInterrupt):
-            features(chosen, Prefix(), tmp_path)
-    assert not list(tmp_path.iterdir())
-    prefix = Prefix()
-    features(chosen, prefix, tmp_path)
-    assert prefix.seen > 0

@@ -32,13 +32,18 @@ ORDER = [
     "step",
     "memory",
     "models",
+    "pictures",
     "data",
+    "folder",
+    "loader",
+    "features",
     "checkpoint",
     "metrics",
     "config",
     "loop",
     "train",
     "main",
+    "prepare",
 ]
 LIBRARIES = {"jax", "jaxlib", "flax", "optax", "numpy", "haiku", "equinox", "keras"}
 PRIVATE = "jax." + "_src"  # in two pieces, since this file is searched too

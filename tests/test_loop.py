@@ -10,6 +10,8 @@ import pytest
 
 import lance_jax
 from lance_jax import checkpoint, loop
+from lance_jax.features import Features
+from lance_jax.pictures import Pictures
 
 SETTINGS = {
     "seed": 0,
@@ -39,7 +41,7 @@ def initial():
 def examples(views=1):
     rng = np.random.default_rng(1)
     inputs = rng.normal(size=(views, 22, 6)).astype(np.float32)
-    return loop.Examples(inputs, rng.integers(0, 3, 22).astype(np.int32))
+    return Features(inputs, rng.integers(0, 3, 22).astype(np.int32))
 
 
 def calibrate():
@@ -124,11 +126,11 @@ def test_only_what_is_trainable_changes(tmp_path):
 
 def test_views_are_drawn_at_random(tmp_path):
     one = examples()
-    same = loop.Examples(np.repeat(one.inputs, 2, axis=0), one.labels)
+    same = Features(np.repeat(one.inputs, 2, axis=0), one.labels)
     plain = fit(tmp_path / "plain").params
     assert_equal(fit(tmp_path / "same", same).params, plain)
     first, second = (
-        loop.Examples(np.stack(views), one.labels)
+        Features(np.stack(views), one.labels)
         for views in ((one.inputs[0], -one.inputs[0]), (-one.inputs[0], one.inputs[0]))
     )
     runs = [fit(tmp_path / str(i), data).params for i, data in enumerate((first, second))]

@@ -93,9 +93,10 @@ def test_result_file(results, small, method):
 def test_accuracy_is_that_of_the_plain_network(results, small):
     _, _, problem = small
     result, params = results["lance"]
-    x, y = problem.evaluation
-    predicted = jnp.argmax(jax.jit(problem.apply_fn)(params, x[0]), axis=-1)
-    assert result["test_accuracy"] == np.mean(np.asarray(predicted) == y)
+    labels = problem.evaluation.labels
+    x = problem.evaluation.read(range(len(labels)))
+    predicted = jnp.argmax(jax.jit(problem.apply_fn)(params, x), axis=-1)
+    assert result["test_accuracy"] == np.mean(np.asarray(predicted) == labels)
 
 
 def test_bytes_are_ordered_and_those_that_a_step_really_keeps(results, small):
@@ -106,7 +107,7 @@ def test_bytes_are_ordered_and_those_that_a_step_really_keeps(results, small):
     assert plain == {total["backprop"]}
     params = problem.params
     size = config.batch_size
-    batch = jnp.asarray(problem.train.inputs[0, :size]), jnp.asarray(problem.train.labels[:size])
+    batch = jnp.asarray(problem.train.read(range(size))), jnp.asarray(problem.train.labels[:size])
     for method in ("head", "bias", "lance"):
         factors = train.fit_method(config, problem, method, workdir / method).factors
         step = lance_jax.value_and_grad(

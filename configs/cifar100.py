@@ -1,0 +1,20 @@
+"""CIFAR-100: MCUNet pretrained on ImageNet, its last 4 pointwise convolutions fine-tuned.
+
+The learning rates and epochs are CIFAR-10's: they were not tuned for this data set.
+    python -m lance_jax.main --config configs/cifar100.py --workdir workdir/cifar100 \
+        --config.data_dir=DIR --config.weights=DIR/mcunet-5fps.safetensors
+"""
+
+import ml_collections
+
+import lance_jax.config
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = lance_jax.config.mcunet()  # all fields and their defaults
+    config.dataset = "cifar100"
+    config.epochs = 15
+    config.learning_rate = ml_collections.ConfigDict(
+        {"head": 0.0125, "bias": 0.1, "backprop": 0.05, "lance": 0.05}
+    )
+    return config
