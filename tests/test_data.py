@@ -1,13 +1,15 @@
 """Pictures, cached features and the order of batches."""
 
 import importlib
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from samples import pictures
+from samples import encoded, pictures
+from settings import settings
 
 from lance_jax import data
 
@@ -52,9 +54,31 @@ def test_bad_classes(classes, message):
         data.restrict(chosen, classes, "pets")
 
 
-def test_unprepared_data_set(tmp_path):
-    with pytest.raises(ValueError, match=r"'cifar10' is not prepared in data_dir .* `tfds build"):
-        data.tfds_pictures("cifar10", tmp_path, "train", 32)
+def without_tensorflow(name):
+    assert name == "tensorflow"
+
+
+def with_tensorflow(name):
+    assert name == "tensorflow"
+    return "a specification"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cifar10", "'cifar10' is not prepared in data_dir .*; .* pip install -e '.\\[data\\]'"),
+        ("cifar11", "nor known to TensorFlow Datasets: did you mean cifar10"),
+    ],
+)
+def test_unprepared_data_set_without_tensorflow(tmp_path, monkeypatch, name, message):
+    monkeypatch.setattr(data, "find_spec", without_tensorflow)
+    for act in (
+        lambda: data.tfds_pictures(name, tmp_path, "train", 32),
+        lambda: data.prepare(name, tmp_path),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            act()
+        assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 def prepared(folder, version="3.0.2"):
@@ -105,7 +129,10 @@ def no_pictures(directory):
     ("damage", "message"),
     [
         (no_json, "'cifar10' in .* is not one of TensorFlow Datasets"),
-        (tfrecord, "cannot be read .*TFRECORD.* --file_format array_record"),
+        (
+            tfrecord,
+            "cannot be read .*TFRECORD.*; remove that folder, and .*lance_jax.prepare cifar10",
+        ),
         (no_label, "no fields image and label; it has .*name"),
         (cut_short, "split 'train' of data set 'cifar10' in .* cannot be read"),
         (no_pictures, "cannot be read .*No such file"),
@@ -129,6 +156,116 @@ def test_prepared_data_set_is_that_of_tfds():
     for k, i in enumerate(wanted):
         assert ours.classes[ours.labels[k]] == names[theirs[i]["label"]]
         np.testing.assert_allclose(ours.read([k])[0], theirs[i]["image"] / 127.5 - 1, atol=1e-6)
+
+
+FLOWERS = {"train": [0, 1, 2], "validation": [3, 4, 5], "test": [6, 7, 8, 9]}
+BIRDS = {"train": [0, 1, 2], "test": [3, 4]}
+
+
+def write_tfds(folder, name, splits):
+    """Pictures of noise in the layout of a data set of the catalogue, written without TensorFlow.
+
+    Its own features and versions; picture number i has label i % 7.
+    """
+    tfds: Any = importlib.import_module("tensorflow_datasets")
+    records: Any = importlib.import_module("array_record.python.array_record_module")
+    builder = tfds.builder(name, data_dir=folder, file_format="array_record")
+    fields, directory = builder.info.features, Path(builder.data_path)
+    directory.mkdir(parents=True)
+    fields.save_config(directory)
+    files = pictures(10)[0].images
+    others = {
+        "file_name": "a.jpg",
+        "image/filename": "a.jpg",
+        "label_name": "bird",
+        "bbox": tfds.features.BBox(0.0, 0.0, 1.0, 1.0),
+        "segmentation_mask": io.BytesIO(encoded(np.zeros((4, 4), np.uint8))),
+    }
+    for split, indices in splits.items():
+        path = directory / f"{name}-{split}.array_record-00000-of-00001"
+        writer = records.ArrayRecordWriter(str(path), "group_size:1")
+        for i in indices:
+            example = {"image": io.BytesIO(files[i]), "label": i % 7, **others}
+            example = {field: example[field] for field in fields}
+            writer.write(fields.serialize_example(fields.encode_example(example)))
+        writer.close()
+    described = {
+        "name": name,
+        "version": directory.name,
+        "fileFormat": "array_record",
+        "splits": [
+            {
+                "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+                "name": split,
+                "numBytes": "0",
+                "shardLengths": [str(len(indices))],
+            }
+            for split, indices in splits.items()
+        ],
+    }
+    (directory / "dataset_info.json").write_text(json.dumps(described))
+
+
+@pytest.mark.parametrize(
+    ("config", "splits", "classes"), [("flowers102", FLOWERS, 102), ("cub200", BIRDS, 200)]
+)
+def test_configs_of_the_catalogue(tmp_path, config, splits, classes):
+    """All pictures are there, undamaged; the flowers are trained on with the validation split."""
+    name = settings(config).dataset
+    write_tfds(tmp_path, name, splits)
+    pixels = pictures(10)[1] / 127.5 - 1
+    wanted = {"test": splits["test"], "train": [*splits["train"], *splits.get("validation", ())]}
+    for split, indices in wanted.items():
+        found = data.tfds_pictures(name, tmp_path, split, 4)
+        assert list(found.labels) == [i % 7 for i in indices] and len(found.classes) == classes
+        np.testing.assert_allclose(found.read(range(len(indices))), pixels[indices], atol=1e-6)
+
+
+@pytest.mark.parametrize("missing", FLOWERS)
+def test_a_split_that_is_missing(tmp_path, missing):
+    splits = {split: indices for split, indices in FLOWERS.items() if split != missing}
+    write_tfds(tmp_path, "oxford_flowers102", splits)
+    with pytest.raises(ValueError, match=f"has no split '{missing}'"):
+        data.tfds_pictures("oxford_flowers102", tmp_path, "train", 4)
+
+
+@pytest.fixture
+def catalogue(monkeypatch):
+    """TensorFlow and a downloader that are there, in name; what was asked of them."""
+    tfds: Any = importlib.import_module("tensorflow_datasets")
+    builder, asked = tfds.builder, []
+
+    class Builder:
+        def __init__(self, name, data_dir, file_format):
+            self.asked = name, Path(data_dir), file_format
+
+        def download_and_prepare(self):
+            asked.append(self.asked)
+            with monkeypatch.context() as patch:
+                patch.setattr(tfds, "builder", builder)
+                write_tfds(self.asked[1], self.asked[0], BIRDS)
+
+    monkeypatch.setattr(tfds, "builder", Builder)
+    monkeypatch.setattr(data, "find_spec", with_tensorflow)
+    return asked
+
+
+def test_a_data_set_is_prepared_on_first_use(tmp_path, catalogue):
+    for _ in range(2):
+        found = data.tfds_pictures("caltech_birds2011", tmp_path, "train", 4)
+        assert list(found.labels) == [0, 1, 2]
+    assert catalogue == [("caltech_birds2011", tmp_path, "array_record")]
+
+
+def test_a_data_set_that_cannot_be_had(tmp_path, monkeypatch, catalogue):
+    tfds: Any = importlib.import_module("tensorflow_datasets")
+
+    def fail(self):
+        raise OSError("no route to host\nand more")
+
+    monkeypatch.setattr(tfds.builder, "download_and_prepare", fail)
+    with pytest.raises(ValueError, match="'cifar10' cannot be prepared: no route to host$"):
+        data.prepare("cifar10", tmp_path)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -11,7 +11,6 @@ import pytest
 import lance_jax
 from lance_jax import checkpoint, loop
 from lance_jax.features import Features
-from lance_jax.pictures import Pictures
 
 SETTINGS = {
     "seed": 0,
