@@ -93,6 +93,7 @@ def test_bad_settings_are_told_at_once(tmp_path, changes, message):
         ("digits", "clip", "digits"),
         ("digits", "pretrain", "digits"),
         ("pets", "data_dir", "mcunet"),
+        ("folder", "unreadable", "folder"),
     ],
 )
 def test_a_missing_or_mistyped_field_is_told_at_once(tmp_path, name, field, origin):
@@ -136,6 +137,21 @@ def test_an_unwritable_directory_is_told_at_once(tmp_path, setting):
 def test_bad_weights_are_told_at_once(tmp_path, weights, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         train.compare(settings("cifar10", weights=weights, cache_dir=""), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"unreadable": "ignore"},
+            "config.unreadable is 'ignore'; .* 'error', 'skip'",
+        ),
+        ({"test_fraction": 1.0}, r"config.test_fraction is 1.0; it must lie in \(0, 1\)"),
+    ],
+)
+def test_bad_settings_of_a_folder_are_told_at_once(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train.compare(settings("folder", **changes), tmp_path)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from samples import pictures
 
 import lance_jax
 from lance_jax import checkpoint, loop
@@ -24,6 +25,7 @@ STEPS = 5  # an epoch: windows of 2, 2 and 1
 
 
 def apply_fn(params, x):
+    x = x.reshape(len(x), -1)[:, :6]  # of pictures, the first pixels
     hidden = jax.nn.relu(x @ params["body"]["kernel"] + params["body"]["bias"])
     return hidden @ params["head"]["kernel"]
 
@@ -137,15 +139,36 @@ def test_views_are_drawn_at_random(tmp_path):
     assert all(np.any(a != b) for a, b in zip(kernels, [*kernels[1:], kernels[0]], strict=True))
 
 
+def files():
+    """Pictures that are decoded, and mirrored at random, batch by batch."""
+    return pictures(22, flip=True)[0]
+
+
+def test_pictures_are_trained_on_as_their_features_are(tmp_path):
+    """The same views of the same pictures in the same steps."""
+    data = files()
+    views = np.stack([data.read(range(22), view) for view in (0, 1)])
+    found = fit(tmp_path / "pictures", data, calibrate=None)
+    expected = fit(tmp_path / "features", Features(views, data.labels), calibrate=None)
+    assert_equal(found.params, expected.params)
+    assert found.loss == expected.loss
+    unmirrored = fit(tmp_path / "unmirrored", data._replace(flip=False), calibrate=None)
+    assert unmirrored.loss != found.loss
+
+
 class Killed(BaseException):
     pass
 
 
+@pytest.mark.parametrize(
+    ("data", "saves"),
+    [*((examples(views=2), saves) for saves in (1, 2, 3, 5)), (files(), 3)],
+    ids=["1", "2", "3", "5", "pictures"],
+)
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("saves", [1, 2, 3, 5])
-def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, monkeypatch, saves, when):
+def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, monkeypatch, data, saves, when):
     """Stopped just before and just after the checkpoint number `saves` (the first is step 0)."""
-    whole = fit(tmp_path / "whole", examples(views=2))
+    whole = fit(tmp_path / "whole", data)
     save, count = checkpoint.Checkpoints.save, 0
 
     def killing_save(self, now):
@@ -159,13 +182,13 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, monkeypatch, saves, whe
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(checkpoint.Checkpoints, "save", killing_save)
-        fit(tmp_path / "stopped", examples(views=2))
-    stopped = fit(tmp_path / "stopped", examples(views=2))
+        fit(tmp_path / "stopped", data)
+    stopped = fit(tmp_path / "stopped", data)
     assert_equal(stopped.params, whole.params)
     assert_equal(dict(stopped.factors), dict(whole.factors))
     assert stopped.loss == whole.loss
     assert without_times(lines(tmp_path / "stopped")) == without_times(lines(tmp_path / "whole"))
-    again = fit(tmp_path / "stopped", examples(views=2))
+    again = fit(tmp_path / "stopped", data)
     assert_equal(again.params, whole.params)
     assert again.loss == whole.loss
 

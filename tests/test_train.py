@@ -6,11 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
+from samples import encoded
 from settings import settings
 
 import lance_jax
 from lance_jax import data, loop, train
 from lance_jax.config import METHODS
+from lance_jax.features import Features
+from lance_jax.pictures import Pictures
 
 KEYS = {
     "config",
@@ -162,3 +166,87 @@ def test_a_diverging_run_names_method_step_and_rate(small, tmp_path):
     config = settings(learning_rate={"backprop": 1e30})
     with pytest.raises(FloatingPointError, match=r"backprop: the loss is .* at step \d+ .*e\+?30"):
         train.run(config, tmp_path, "backprop", problem)
+
+
+def write_mcunet(path):
+    """Weights of an MCUNet of two blocks, for pictures of 8 x 8."""
+    block = {"kernel": 3, "stride": 2, "residual": False}
+    sizes = ("in_channels", "hidden_channels", "out_channels")
+    blocks = [
+        {**block, **dict(zip(sizes, (8, 8, 12), strict=True)), "expand": False},
+        {**block, **dict(zip(sizes, (12, 24, 16), strict=True)), "expand": True},
+    ]
+    stem = {"out_channels": 8, "kernel": 3, "stride": 2}
+    shapes = {"stem": (8, 3, 3, 3)}
+    for i, b in enumerate(blocks):
+        inputs, hidden, outputs = (b[size] for size in sizes)
+        if b["expand"]:
+            shapes[f"blocks.{i}.conv1"] = (hidden, inputs, 1, 1)
+        shapes[f"blocks.{i}.conv2"] = (hidden, 1, 3, 3)
+        shapes[f"blocks.{i}.conv3"] = (outputs, hidden, 1, 1)
+    rng, tensors = np.random.default_rng(0), {}
+    for name, shape in shapes.items():
+        weight = rng.normal(size=shape) * np.sqrt(2 / np.prod(shape[1:]))
+        tensors[f"{name}.weight"] = weight.astype(np.float32)
+        tensors[f"{name}.bias"] = np.zeros(shape[0], np.float32)
+    architecture = {"resolution": 8, "stem": stem, "blocks": blocks}
+    save_file(tensors, path, {"architecture": json.dumps(architecture)})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Settings for a folder of red and blue pictures, of which one cannot be read."""
+    rng = np.random.default_rng(0)
+    for name, channel in (("blue", 2), ("red", 0)):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = rng.integers(0, 60, (9, 12, 3), np.uint8)
+            pixels[..., channel] += 180
+            (tmp_path / "pictures" / name / f"{i}.png").write_bytes(encoded(pixels))
+    (tmp_path / "pictures" / "red" / "20.png").write_bytes(b"")
+    write_mcunet(tmp_path / "mcunet.safetensors")
+    return {
+        "folder": str(tmp_path / "pictures"),
+        "weights": str(tmp_path / "mcunet.safetensors"),
+        "unreadable": "skip",
+        "cache_dir": "",
+        "batch_size": 8,
+        "epochs": 20,
+        "learning_rate": {"lance": 0.3},
+    }
+
+
+@pytest.mark.parametrize(
+    ("layers", "inputs"), [(1, Features), (2, Features), (3, Pictures)], ids=["1", "2", "3"]
+)
+def test_a_folder_of_pictures(folder, tmp_path, layers, inputs):
+    """With nothing frozen the pictures themselves are the inputs, decoded as they are needed."""
+    config = settings("folder", trainable_layers=layers, method="lance", **folder)
+    workdir = tmp_path / "run"
+    problem = train.prepare(config, workdir)
+    assert type(problem.train) is inputs and problem.train.views == 2
+    assert type(problem.evaluation) is inputs and problem.evaluation.views == 1
+    assert len(problem.train.labels) == 32 and len(problem.evaluation.labels) == 8
+    result = train.run(config, workdir, "lance", problem)
+    assert result["test_accuracy"] == 1
+    assert len(result["ranks"]) == layers + 1
+
+
+def test_features_and_pictures_are_of_one_network(folder, tmp_path):
+    """A network's logits do not depend on where it is divided."""
+    logits = []
+    for layers in (1, 3):
+        config = settings("folder", trainable_layers=layers, **folder)
+        problem = train.prepare(config, tmp_path / str(layers))
+        params = {**problem.params, "head": {"kernel": np.eye(16, 2, dtype=np.float32)}}
+        params["head"]["bias"] = np.zeros(2, np.float32)
+        logits.append(problem.apply_fn(params, jnp.asarray(problem.evaluation.read(range(8)))))
+    np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-5)
+
+
+def test_validation_pictures_are_held_out(folder, tmp_path):
+    config = settings("folder", trainable_layers=3, eval_split="validation", **folder)
+    problem = train.prepare(config, tmp_path / "run")
+    kept, held_out = problem.train, problem.evaluation
+    assert len(kept.labels) + len(held_out.labels) == 32
+    assert not set(kept.images) & set(held_out.images)
