@@ -46,7 +46,7 @@ def base() -> ml_collections.ConfigDict:
     config.trainable_layers = 4
 
     # Training: SGD, cosine schedule. The files in configs/ have learning rates that were chosen on
-    # a validation split.
+    # a validation split, or say that theirs were not.
     config.epochs = 15
     config.batch_size = 128
     config.learning_rate = ml_collections.ConfigDict(
