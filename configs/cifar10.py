@@ -11,7 +11,7 @@ import lance_jax.config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    config = lance_jax.config.mcunet()  # all fields and their defaults
+    config = lance_jax.config.pretrained()  # all fields and their defaults
     config.dataset = "cifar10"
     config.epochs = 15
     config.learning_rate = ml_collections.ConfigDict(

@@ -12,7 +12,7 @@ import lance_jax.config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    config = lance_jax.config.mcunet()  # all fields and their defaults
+    config = lance_jax.config.pretrained()  # all fields and their defaults
     config.dataset = "oxford_iiit_pet"
     config.epochs = 30
     config.log_every = 5

@@ -17,6 +17,8 @@ import numpy as np
 
 from lance_jax import metrics
 from lance_jax.factors import CORE_DTYPES
+from lance_jax.models.network import STATISTICS
+from lance_jax.models.weights import MODELS
 from lance_jax.pictures import Pictures
 
 Config = Any  # an ml_collections.ConfigDict, whose own annotations fit no field
@@ -41,7 +43,7 @@ def base() -> ml_collections.ConfigDict:
     config.eval_split = "test"  # or "validation", held out of the training pictures
     config.validation_fraction = 0.2
 
-    # The network: frozen but for its last (pointwise) convolutions and a new head.
+    # The network: frozen but for its last layers (not depthwise) and a new head.
     config.model = ""
     config.trainable_layers = 4
 
@@ -78,20 +80,23 @@ def digits() -> ml_collections.ConfigDict:
     return config
 
 
-def mcunet() -> ml_collections.ConfigDict:
-    """`base`, for an MCUNet pretrained on ImageNet and a data set of TensorFlow Datasets."""
+def pretrained() -> ml_collections.ConfigDict:
+    """`base`, for a network pretrained on ImageNet and a data set of TensorFlow Datasets."""
     config = base()
     config.data_dir = DATA_DIR
     config.flip = True
-    config.model = "mcunet"
-    config.weights = "mcunet-5fps.safetensors"
+    # A safetensors file, or a repository of the Hugging Face hub.
+    config.weights = "timm/mobilenetv2_100.ra_in1k"
+    config.model = ""  # needed where the weights do not say: see lance_jax/models/weights.py
+    config.resolution = 0  # of the pictures, in pixels; 0 for what the network was trained at
+    config.batch_stats = "frozen"  # or "trained", for networks with batch norm
     config.cache_dir = "~/.cache/lance_jax"  # of frozen features; "" for memory alone
     return config
 
 
 def folder() -> ml_collections.ConfigDict:
-    """`mcunet`, for a folder of class folders."""
-    config = mcunet()
+    """`pretrained`, for a folder of class folders."""
+    config = pretrained()
     config.dataset = "folder"
     config.folder = ""
     del config.data_dir
@@ -112,7 +117,8 @@ def check(config: Config, workdir: str | Path) -> None:
     methods = names(config.method)
     allowed = {
         "method": (METHODS, methods),
-        "model": (("digits", "mcunet"), [config.model]),
+        "model": (("", "digits", *MODELS), [config.model]),
+        "batch_stats": (STATISTICS, [config.get("batch_stats", "frozen")]),
         "eval_split": (("test", "validation"), [config.eval_split]),
         "modes": (("", *MODES), names(config.modes)),
         "core_dtype": (("", *filter(None, CORE_DTYPES)), [config.core_dtype]),
@@ -137,6 +143,9 @@ def check(config: Config, workdir: str | Path) -> None:
     counts = {field: config[field] for field in least}
     if config.model == "digits":
         counts["pretrain.epochs"] = config.pretrain.epochs
+    else:
+        least["resolution"] = 0
+        counts["resolution"] = config.resolution
     for field, value in counts.items():
         if value < least.get(field, 1):
             raise ValueError(
@@ -177,7 +186,8 @@ def _check_modes(config: Config) -> None:
 
 def _check_fields(config: Config) -> None:
     """All fields are there, and numbers where numbers belong."""
-    origin = {"digits": digits, "mcunet": mcunet}.get(config.get("model"), base)
+    bases = {"digits": digits} | dict.fromkeys(("", *MODELS), pretrained)
+    origin = bases.get(config.get("model"), base)
     origin = folder if config.get("dataset") == "folder" else origin
     for name, default in origin().items():
         if name not in config:

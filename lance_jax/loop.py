@@ -49,12 +49,16 @@ class Fitted(NamedTuple):
     calibration_seconds: float
 
 
-def loss_of(apply_fn: ApplyFn) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
-    """loss(params, inputs, labels): the mean cross-entropy of logits = apply_fn(params, inputs)."""
+def loss_of(apply_fn: ApplyFn, has_aux: bool = False) -> Callable[[Any, jax.Array, jax.Array], Any]:
+    """loss(params, inputs, labels): the mean cross-entropy of logits = apply_fn(params, inputs).
 
-    def loss(params: Any, inputs: jax.Array, labels: jax.Array) -> jax.Array:
-        logits = apply_fn(params, inputs)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    With `has_aux` apply_fn gives (logits, aux), and the loss is (loss, aux).
+    """
+
+    def loss(params: Any, inputs: jax.Array, labels: jax.Array) -> Any:
+        logits, aux = apply_fn(params, inputs) if has_aux else (apply_fn(params, inputs), None)
+        mean = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return (mean, aux) if has_aux else mean
 
     return loss
 
@@ -76,9 +80,12 @@ def fit(
     trainable: list[str] | None,
     calibrate: Callable[[], lance_jax.Factors] | None,
     directory: Path,
+    has_aux: bool = False,
 ) -> Fitted:
     """Trains `params` by SGD, going on from the newest checkpoint in `directory` if there is one.
 
+    With `has_aux`, apply_fn gives (logits, aux), and aux replaces its entries of `params` after
+    each step: the statistics of batch norm.
     `calibrate` gives the factors to compress with, once at the start; None trains in plain JAX.
     `trainable` is that of `lance_jax.value_and_grad`. FloatingPointError where a loss is not
     finite; it names `field`, where the configuration has the learning rate.
@@ -104,7 +111,7 @@ def fit(
         batches = _batches(examples, loader, now.state["key"])
         log = metrics.Metrics(directory / "metrics.jsonl", now.step)
         compressed = apply_fn if calibrate is None else lance_jax.compress(apply_fn, now.factors)
-        step_fn = _step_fn(for_device(compressed), optimizer, trainable)
+        step_fn = _step_fn(for_device(compressed), optimizer, trainable, has_aux)
         untimed = now.step + WARM_UP_STEPS
         with closing(batches), Progress(*metrics.COLUMNS) as progress:
             bar = progress.add_task(directory.name, total=total, completed=now.step)
@@ -212,10 +219,15 @@ def _window(
 
 
 def _step_fn(
-    apply_fn: ApplyFn, optimizer: optax.GradientTransformation, trainable: list[str] | None
+    apply_fn: ApplyFn,
+    optimizer: optax.GradientTransformation,
+    trainable: list[str] | None,
+    has_aux: bool,
 ) -> StepFn:
     """step(state, batch) -> (state, loss, seconds), the seconds without fetching the batch."""
-    value_and_grad = lance_jax.value_and_grad(loss_of(apply_fn), trainable=trainable)
+    value_and_grad = lance_jax.value_and_grad(
+        loss_of(apply_fn, has_aux), trainable=trainable, has_aux=has_aux
+    )
 
     @jax.jit
     def update(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
@@ -228,7 +240,8 @@ def _step_fn(
         jax.block_until_ready((inputs, labels))
 
         start = time.perf_counter()
-        loss, saved = value_and_grad.forward(params, inputs, labels)
+        value, saved = value_and_grad.forward(params, inputs, labels)
+        loss, aux = value if has_aux else (value, {})
         grads = value_and_grad.backward(saved, params, inputs, labels)
         del saved
         trained, frozen = value_and_grad.partition(params)
@@ -236,7 +249,7 @@ def _step_fn(
         jax.block_until_ready((trained, optimizer_state))
         seconds = time.perf_counter() - start
 
-        params = value_and_grad.merge(trained, frozen)
+        params = {**value_and_grad.merge(trained, frozen), **aux}
         state = {"params": params, "optimizer": optimizer_state, "key": batch.key}
         return state, float(loss), seconds
 

@@ -9,7 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +20,9 @@ from lance_jax.features import Features, features
 from lance_jax.folder import folder_pictures
 from lance_jax.loader import Loader, read_ahead
 from lance_jax.loop import ApplyFn, Examples, Fitted, fit, for_device, loss_of
-from lance_jax.models import digits, mcunet
+from lance_jax.models import weights
+from lance_jax.models.digits import DigitsNet
+from lance_jax.models.network import Network, apply_fn, as_params, shapes
 from lance_jax.pictures import Pictures
 
 PREFIX_BATCH = 32  # pictures at a time through the frozen prefix
@@ -30,13 +31,16 @@ PREFIX_BATCH = 32  # pictures at a time through the frozen prefix
 class Problem(NamedTuple):
     """What all methods share: logits = apply_fn(params, inputs), and the examples.
 
-    The inputs are the frozen prefix's features, or the pictures where nothing is frozen; `network`
-    is the whole of it, from pictures on, with the shapes of its parameters and of one picture.
+    The inputs are the frozen prefix's features, or the pictures where nothing is frozen. `train_fn`
+    is what is trained: `apply_fn`, or with trained batch statistics a function to (logits,
+    {"batch_stats": the new ones}); `params` holds them too. `network` is that of the whole network,
+    from pictures on, with the shapes of its parameters and of one picture.
     """
 
     apply_fn: ApplyFn
+    train_fn: ApplyFn
     params: Any
-    layers: list[str]  # paths of the trainable convolutions, such as "blocks_12/conv1"
+    layers: list[str]  # paths of the trainable layers, such as "blocks_12/conv1"
     train: Examples
     evaluation: Examples
     network: tuple[ApplyFn, Any, tuple[int, ...]]
@@ -90,7 +94,7 @@ def fit_method(config: Config, problem: Problem, method: str, directory: Path) -
     """
     calibrate = {"backprop": None, "lance": calibration(config, problem)}
     return fit(
-        problem.apply_fn,
+        problem.train_fn,
         problem.params,
         problem.train,
         config,
@@ -100,7 +104,13 @@ def fit_method(config: Config, problem: Problem, method: str, directory: Path) -
         trainable=trainable_patterns(method, problem.layers),
         calibrate=calibrate.get(method, lance_jax.Factors),
         directory=directory,
+        has_aux=trains_statistics(config),
     )
+
+
+def trains_statistics(config: Config) -> bool:
+    """Whether batch norm uses and trains the batch's own statistics."""
+    return config.get("batch_stats") == "trained"
 
 
 # The problem
@@ -111,42 +121,73 @@ def prepare(config: Config, workdir: str | Path) -> Problem:
     classes = names(config.classes)
     splits = ("train", "test") if config.eval_split == "test" else ("train",)
     if config.model == "digits":
-        layers = digits.last_convolutions(config.trainable_layers)
-        pictures = {split: data.digits(split, classes) for split in splits}
-        claim(config, Path(workdir), pictures, ())
-        network, params, cache_dir = digits.DigitsNet(), pretrain_digits(config, workdir), ""
+        network, variables, cache_dir = DigitsNet(), {}, ""
     else:
-        architecture, params = mcunet.load(config.weights)
-        layers = mcunet.last_pointwise(architecture, config.trainable_layers)
-        side = architecture.resolution
-        pictures = read_pictures(config, splits, side)
-        network, cache_dir = mcunet.MCUNet(architecture), config.cache_dir
-        claim(config, Path(workdir), pictures, params)
-    first_block = layers[0][0]
-    prefix = network.clone(stop=first_block) if first_block else None
-    train, evaluation = examples(config, prefix, params, pictures, cache_dir)
-    suffix = network.clone(start=first_block, classes=len(pictures["train"].classes))
+        network, variables = weights.load(config.weights, config.model, config.resolution)
+        cache_dir = config.cache_dir
+    if trains_statistics(config) and "batch_stats" not in variables:
+        raise ValueError(
+            f"config.batch_stats is 'trained', and the network of {config.weights!r} has no "
+            "batch norm"
+        )
+    layers, first_block = trained_layers(network, config.trainable_layers)
+    if config.model == "digits":
+        pictures = {split: data.digits(split, classes) for split in splits}
+        claim(config, Path(workdir), pictures, variables)
+        variables = {"params": pretrain_digits(config, workdir)}
+    else:
+        pictures = read_pictures(config, splits, network.resolution)
+        claim(config, Path(workdir), pictures, variables)
+    n = len(pictures["train"].classes)
+    print(
+        f"{config.get('weights', 'digits')}: {len(jax.tree.leaves(variables))} tensors of a "
+        f"{type(network).__name__}, {network.resolution} px; its head is new, for {n} classes"
+    )
+    prefix = network.clone(stop=first_block, classes=None) if first_block else None
+    train, evaluation = examples(config, prefix, variables, pictures, cache_dir)
+    whole = network.clone(classes=n)
+    suffix = whole.clone(start=first_block)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    initial = jax.eval_shape(suffix.init, key, train.read([0]))["params"]
-    params = {name: params[name] for name in initial if name != "head"}
-    params["head"] = jax.jit(lambda *args: suffix.init(*args)["params"]["head"])(
+    initial = jax.eval_shape(suffix.init, key, train.read([0]))
+    used = {name: _entries(variables[name], initial[name]) for name in initial}
+    used["params"]["head"] = jax.jit(lambda *args: suffix.init(*args)["params"]["head"])(
         key, train.read([0])
     )
-    whole = network.clone(classes=suffix.classes)
-    picture = pictures["train"].read([0]).shape[1:]
-    shapes = jax.eval_shape(whole.init, key, jax.ShapeDtypeStruct((1, *picture), jnp.float32))
+    trained = {"batch_stats": config.get("batch_stats", "frozen")}
     return Problem(
-        apply_fn=lambda params, inputs: suffix.apply({"params": params}, inputs),
-        params=jax.tree.map(jnp.asarray, params),
-        layers=[f"blocks_{block}/{name}" for block, name in layers],
+        apply_fn=apply_fn(suffix),
+        train_fn=apply_fn(suffix.clone(**trained)),
+        params=jax.tree.map(jnp.asarray, as_params(used)),
+        layers=layers,
         train=train,
         evaluation=evaluation,
-        network=(
-            lambda params, inputs: whole.apply({"params": params}, inputs),
-            shapes["params"],
-            picture,
-        ),
+        network=(apply_fn(whole.clone(**trained)), as_params(shapes(whole)), whole.picture),
     )
+
+
+def trained_layers(network: Network, n: int) -> tuple[list[str], int]:
+    """Paths of the last `n` layers, such as "blocks_12/conv1", and the first block to be trained.
+
+    That is the number of blocks where all of them lie behind the last one, and 0 where the stem is
+    among them.
+    """
+    whole = network.clone(classes=2)  # what the head is, and how wide, does not matter
+    picture = jax.ShapeDtypeStruct((1, *whole.picture), jnp.float32)
+    params = as_params(shapes(whole))
+    found = lance_jax.layers(apply_fn(whole), params, picture)
+    try:
+        paths = [layer.path.removesuffix("/kernel") for layer in lance_jax.last(n)(found)]
+    except ValueError as error:
+        raise ValueError(f"config.trainable_layers is {n}: {error}") from None
+    if "stem" in paths:
+        return paths, 0
+    blocks = [int(path.split("/")[0].removeprefix("blocks_")) for path in paths if "/" in path]
+    return paths, min(blocks, default=sum(name.startswith("blocks_") for name in params))
+
+
+def _entries(tree: Any, names: Any) -> dict[str, Any]:
+    """Those entries of `tree` that `names` has too."""
+    return {name: tree[name] for name in sorted(names) if name in tree}
 
 
 def read_pictures(config: Config, splits: Sequence[str], side: int) -> dict[str, Pictures]:
@@ -169,8 +210,8 @@ def read_pictures(config: Config, splits: Sequence[str], side: int) -> dict[str,
 
 def examples(
     config: Config,
-    prefix: nn.Module | None,
-    params: dict[str, Any],
+    prefix: Network | None,
+    variables: dict[str, Any],
     pictures: dict[str, Pictures],
     cache_dir: str,
 ) -> tuple[Examples, Examples]:
@@ -178,7 +219,7 @@ def examples(
     train = pictures["train"]._replace(flip=config.flip)
     parts = {"train": train, **{name: part for name, part in pictures.items() if name != "train"}}
     if prefix is not None:
-        parts = frozen_features(prefix, params, parts, cache_dir)
+        parts = frozen_features(prefix, variables, parts, cache_dir)
     if config.eval_split == "test":
         return parts["train"], parts["test"]
     kept, held_out = data.validation_split(train.labels, config.validation_fraction, config.seed)
@@ -186,14 +227,12 @@ def examples(
 
 
 def frozen_features(
-    prefix: nn.Module, params: dict[str, Any], pictures: dict[str, Pictures], cache_dir: str
+    prefix: Network, variables: dict[str, Any], pictures: dict[str, Pictures], cache_dir: str
 ) -> dict[str, Features]:
     """Output of the frozen prefix for each split."""
-    side, channels = pictures["train"].side, pictures["train"].read([0]).shape[-1]
-    shape = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
-    used = jax.eval_shape(prefix.init, jax.random.key(0), shape)["params"]
-    frozen = {name: params[name] for name in sorted(used)}
-    forward = jax.jit(for_device(lambda frozen, images: prefix.apply({"params": frozen}, images)))
+    used = shapes(prefix)
+    frozen = {name: _entries(variables[name], used[name]) for name in used}
+    forward = jax.jit(for_device(prefix.apply))
 
     return {
         split: features(
@@ -212,10 +251,10 @@ def pretrain_digits(config: Config, workdir: str | Path) -> dict[str, Any]:
     """Parameters of the whole digits network, trained on the classes of `config.pretrain`."""
     classes = names(config.pretrain.classes)
     pictures = data.digits("train", classes)
-    network = digits.DigitsNet(classes=len(classes))
+    network = DigitsNet(classes=len(classes))
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
     return fit(
-        lambda params, inputs: network.apply({"params": params}, inputs),
+        apply_fn(network),
         network.init(key, jnp.asarray(pictures.read([0])))["params"],
         pictures,
         config,
@@ -233,8 +272,9 @@ def pretrain_digits(config: Config, workdir: str | Path) -> dict[str, Any]:
 
 def trainable_patterns(method: str, layers: Sequence[str]) -> list[str]:
     """Regular expressions of the parameters that a method trains, over paths in `params`."""
-    leaves = {"head": [], "bias": ["bias"]}.get(method, ["bias", "kernel"])
-    return ["^head/", *(f"^{layer}/{leaf}$" for layer in layers for leaf in leaves)]
+    # with batch norm behind it, a layer's bias is that of the norm
+    leaves = {"head": [], "bias": ["(_norm)?/bias"]}.get(method, ["(_norm)?/bias", "/kernel"])
+    return ["^head/", *(f"^{layer}{leaf}$" for layer in layers for leaf in leaves)]
 
 
 def calibration(config: Config, problem: Problem) -> Callable[[], lance_jax.Factors]:
@@ -249,7 +289,7 @@ def calibration(config: Config, problem: Problem) -> Callable[[], lance_jax.Fact
         order = Loader(len(problem.train.labels), config.batch_size, config.seed)
         batches = itertools.islice(order, config.calibration_batches)
         factors = lance_jax.calibrate(
-            for_device(problem.apply_fn),
+            for_device(problem.train_fn),
             problem.params,
             map(jnp.asarray, read_ahead(problem.train.read, batches)),
             select=[f"^{layer}/" for layer in problem.layers],
@@ -272,7 +312,7 @@ def saved_bytes(
     is an argument, which costs plain backprop nothing. Plain backprop's is the fair figure of
     `lance_jax.report`, for all the trainable layers.
     """
-    apply_fn, params, picture = problem.network
+    train_fn, params, picture = problem.network
     size = config.batch_size
     batch = (
         jax.ShapeDtypeStruct((size, *picture), jnp.float32),
@@ -281,7 +321,7 @@ def saved_bytes(
 
     def report(method: str) -> Any:
         patterns = trainable_patterns(method, problem.layers)
-        loss = loss_of(apply_fn)
+        loss = loss_of(train_fn, trains_statistics(config))
         return lance_jax.report(loss, params, *batch, factors=fitted.factors, trainable=patterns)
 
     def counts(saved: Any) -> dict[str, int]:

@@ -1,6 +1,5 @@
-"""Networks of the program: `mcunet` (pretrained, for pictures) and `digits` (small, trained here).
+"""Networks of the program, one file each, and their `weights`.
 
-Both are Linen modules over NHWC pictures with the same two attributes: blocks ``start`` to ``stop``
-are run, so that one network divides into a frozen prefix, whose output can be cached, and a suffix
-``apply_fn(params, features)`` that is trained.
+All are a `network.Network`: a Linen module over NHWC pictures that divides into a frozen prefix and
+a suffix that is trained. `digits` is small and trained by the program; the others come pretrained.
 """

@@ -4,6 +4,8 @@ import einops
 import flax.linen as nn
 import jax
 
+from lance_jax.models.network import Network
+
 BLOCKS = ((32, 1), (64, 2), (64, 1), (64, 1))  # (channels, stride)
 
 
@@ -23,16 +25,14 @@ class ResidualBlock(nn.Module):
         return jax.nn.relu(x + y)
 
 
-class DigitsNet(nn.Module):
-    """Blocks `start` to `stop` of the network, NHWC.
+class DigitsNet(Network, kw_only=True):
+    """See `Network`."""
 
-    From `start` 0 the input is a batch of pictures (n, 8, 8, 1), else the output of block
-    `start` - 1. With `classes` the output is logits (n, classes), else that of the last block run.
-    """
+    resolution: int = 8
 
-    start: int = 0
-    stop: int | None = None
-    classes: int | None = None
+    @property
+    def picture(self) -> tuple[int, int, int]:
+        return self.resolution, self.resolution, 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -43,11 +43,3 @@ class DigitsNet(nn.Module):
         if self.classes is not None:
             x = nn.Dense(self.classes, name="head")(einops.reduce(x, "n h w c -> n c", "mean"))
         return x
-
-
-def last_convolutions(n: int) -> list[tuple[int, str]]:
-    """(block, name) of the last `n` convolutions of the residual branches, in order of use."""
-    names = [(i, name) for i in range(len(BLOCKS)) for name in ("conv1", "conv2")]
-    if not 1 <= n <= len(names):
-        raise ValueError(f"trainable_layers is {n}; this network has 1 to {len(names)}")
-    return names[-n:]

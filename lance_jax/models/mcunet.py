@@ -1,151 +1,92 @@
-"""MCUNet (Lin et al., 2020, arXiv:2007.10319), built from the architecture stored with its weights.
+"""MCUNet (Lin et al., 2020, arXiv:2007.10319) and its like: inverted residual blocks, as data.
 
-Batch norm is folded into the convolutions, so every one has a bias and no statistics exist.
+Two layouts of weights fit: files with an `architecture` in their metadata whose batch norm is
+folded into the convolutions (mcunet-5fps, mbv2-w0.35 and proxyless-w0.3), and, with `epsilon`, the
+names of https://github.com/mit-han-lab/mcunet.
 """
 
-import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import einops
 import flax.linen as nn
 import jax
-import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
+
+from lance_jax.models.layers import Block, InvertedResidual, batch_norm, conv
+from lance_jax.models.network import Network
 
 
-class Block(NamedTuple):
-    """One inverted residual block: 1x1 expand (where `expand`), depthwise, 1x1 project."""
+class Stem(NamedTuple):
+    """The first convolution."""
 
     kernel: int
     stride: int
-    in_channels: int
-    hidden_channels: int
     out_channels: int
-    expand: bool
-    residual: bool
 
 
-class Architecture(NamedTuple):
-    """What the weights file says of the network; `resolution` is the picture's side in pixels."""
+class MCUNet(Network, kw_only=True):
+    """See `Network`; takes the pictures as they are.
 
-    resolution: int
-    stem_channels: int
-    stem_kernel: int
-    stem_stride: int
-    blocks: tuple[Block, ...]
-
-
-def _conv(channels: int, kernel: int, stride: int, groups: int, name: str) -> nn.Conv:
-    # (k - 1) // 2 on both sides also at stride 2, where "SAME" would pad unevenly
-    padding = (kernel - 1) // 2
-    return nn.Conv(
-        channels,
-        (kernel, kernel),
-        strides=stride,
-        padding=padding,
-        feature_group_count=groups,
-        name=name,
-    )
-
-
-class InvertedResidual(nn.Module):
-    """One `Block`: (n, h, w, in_channels) -> (n, h / stride, w / stride, out_channels)."""
-
-    block: Block
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        block, hidden = self.block, self.block.hidden_channels
-        y = x
-        if block.expand:
-            y = jax.nn.relu6(_conv(hidden, 1, 1, 1, "conv1")(y))
-        y = jax.nn.relu6(_conv(hidden, block.kernel, block.stride, hidden, "conv2")(y))
-        y = _conv(block.out_channels, 1, 1, 1, "conv3")(y)
-        return x + y if block.residual else y
-
-
-class MCUNet(nn.Module):
-    """Blocks `start` to `stop` of the network, NHWC.
-
-    From `start` 0 the input is a batch of pictures (n, resolution, resolution, 3) in [-1, 1], else
-    the output of block `start` - 1. With `classes` the output is logits (n, classes), else the
-    output of the last block run.
+    Attributes:
+      epsilon: of batch norm; None where it is folded into the convolutions, which then have biases.
     """
 
-    architecture: Architecture
-    start: int = 0
-    stop: int | None = None
-    classes: int | None = None
+    stem: Stem
+    blocks: tuple[Block, ...]
+    epsilon: float | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        net = self.architecture
         if self.start == 0:
-            stem = _conv(net.stem_channels, net.stem_kernel, net.stem_stride, 1, "stem")
-            x = jax.nn.relu6(stem(x))
-        for i in range(len(net.blocks))[self.start : self.stop]:
-            x = InvertedResidual(net.blocks[i], name=f"blocks_{i}")(x)
+            kernel, stride, channels = self.stem
+            x = conv(channels, kernel, stride, bias=self.epsilon is None, name="stem")(x)
+            if self.epsilon is not None:
+                x = batch_norm(self.batch_stats, "stem_norm", self.epsilon)(x)
+            x = jax.nn.relu6(x)
+        for i, block in list(enumerate(self.blocks))[self.start : self.stop]:
+            x = InvertedResidual(block, self.batch_stats, self.epsilon, name=f"blocks_{i}")(x)
         if self.classes is not None:
             x = nn.Dense(self.classes, name="head")(einops.reduce(x, "n h w c -> n c", "mean"))
         return x
 
+    @nn.nowrap
+    def names(self) -> dict[str, str]:
+        if self.epsilon is None:
+            return {
+                "stem": "stem",
+                "classifier": "head",
+                **{
+                    f"blocks.{i}.{name}": f"blocks_{i}/{name}"
+                    for i in range(len(self.blocks))
+                    for name in ("conv1", "conv2", "conv3")
+                },
+            }
+        modules = {"first_conv": "stem"}
+        parts = {"inverted_bottleneck": "conv1", "depth_conv": "conv2", "point_linear": "conv3"}
+        for i in range(len(self.blocks)):
+            for theirs, ours in parts.items():
+                modules[f"blocks.{i}.mobile_inverted_conv.{theirs}"] = f"blocks_{i}/{ours}"
+        found = {"classifier.linear": "head"}
+        for theirs, ours in modules.items():
+            found |= {f"{theirs}.conv": ours, f"{theirs}.bn": f"{ours}_norm"}
+        return found
 
-def last_pointwise(architecture: Architecture, n: int) -> list[tuple[int, str]]:
-    """(block, name) of the last `n` 1x1 convolutions, in order of use."""
-    names = [
-        (i, name)
-        for i, block in enumerate(architecture.blocks)
-        for name in (["conv1", "conv3"] if block.expand else ["conv3"])
-    ]
-    if not 1 <= n <= len(names):
-        raise ValueError(
-            f"trainable_layers is {n}; this network has 1 to {len(names)} pointwise convolutions"
-        )
-    return names[-n:]
 
+def parse(spec: dict[str, Any]) -> MCUNet:
+    """The network that the JSON of a weights file describes, which may say other things too.
 
-def load(path: str | Path) -> tuple[Architecture, dict[str, Any]]:
-    """Architecture and Linen parameters (float32, the ImageNet classifier left out) of a file.
-
-    The file is safetensors: convolutions in OIHW named `stem`, `blocks.N.convM`, `classifier`, and
-    an `architecture` JSON in the metadata. ValueError for anything else.
+    KeyError, TypeError or ValueError where it describes none.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise ValueError(f"weights file {str(path)!r} does not exist; give --config.weights=FILE")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            # The file is no mapping and cannot be iterated without keys().
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(
-            f"weights file {str(path)!r} is not a safetensors file ({error}); pickles and other "
-            "formats are not read"
-        ) from None
-    architecture = _parse_architecture(metadata, path)
-    params = _to_linen(tensors, path)
-    _check_shapes(architecture, params, path)
-    return architecture, unflatten_dict(params, sep="/")
-
-
-def _parse_architecture(metadata: dict[str, str], path: str | Path) -> Architecture:
-    try:
-        spec = json.loads(metadata["architecture"])
-        blocks = tuple(map(_parse_block, spec["blocks"]))
-        stem = spec["stem"]
-        sizes = spec["resolution"], stem["out_channels"], stem["kernel"], stem["stride"]
-        side, channels, kernel, stride = map(int, sizes)
-        if min(side, channels, kernel, stride, *(min(block[:5]) for block in blocks)) < 1:
-            raise ValueError("a size below 1")
-        return Architecture(side, channels, kernel, stride, blocks)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"weights file {str(path)!r} describes no MCUNet in its metadata "
-            f"(`architecture`: {error!r})"
-        ) from None
+    stem = Stem(*(int(spec["stem"][field]) for field in Stem._fields))
+    blocks = tuple(map(_parse_block, spec["blocks"]))
+    epsilon = spec.get("epsilon")
+    if min(*stem, *(min(block[:5]) for block in blocks)) < 1:
+        raise ValueError("a size below 1")
+    return MCUNet(
+        resolution=int(spec["resolution"]),
+        stem=stem,
+        blocks=blocks,
+        epsilon=None if epsilon is None else float(epsilon),
+    )
 
 
 def _parse_block(spec: dict[str, Any]) -> Block:
@@ -154,43 +95,3 @@ def _parse_block(spec: dict[str, Any]) -> Block:
     if residual and (stride, inputs) != (1, outputs):
         raise ValueError(f"a residual block of stride {stride} from {inputs} to {outputs} channels")
     return Block(kernel, stride, inputs, hidden, outputs, bool(expand), bool(residual))
-
-
-def _to_linen(tensors: dict[str, np.ndarray], path: str | Path) -> dict[str, np.ndarray]:
-    """Linen's parameters by their paths, such as "blocks_2/conv1/kernel"."""
-    params = {}
-    for name, tensor in tensors.items():
-        *modules, leaf = name.replace("blocks.", "blocks_").split(".")
-        if modules == ["classifier"]:
-            continue
-        if leaf == "weight":
-            if tensor.ndim != 4:
-                raise ValueError(
-                    f"weights file {str(path)!r}: {name!r} has shape {tensor.shape}; it must be "
-                    "that of a convolution, (out, in, height, width)"
-                )
-            # a depthwise (C, 1, k, k) becomes (k, k, 1, C)
-            leaf = "kernel"
-            tensor = np.ascontiguousarray(einops.rearrange(tensor, "out i h w -> h w i out"))
-        params["/".join([*modules, leaf])] = tensor
-    return params
-
-
-def _check_shapes(
-    architecture: Architecture, params: dict[str, np.ndarray], path: str | Path
-) -> None:
-    """The parameters are exactly those that the architecture asks for."""
-    side = architecture.resolution
-    expected = jax.eval_shape(
-        MCUNet(architecture).init, jax.random.key(0), jax.ShapeDtypeStruct((1, side, side, 3), "f4")
-    )["params"]
-
-    def described(flat):
-        return {(name, leaf.shape, str(leaf.dtype)) for name, leaf in flat.items()}
-
-    wrong = described(flatten_dict(expected, sep="/")) ^ described(params)
-    if wrong:
-        raise ValueError(
-            f"weights file {str(path)!r} does not fit its architecture, first at "
-            f"{min(wrong)} of {len(wrong)} differences"
-        )
