@@ -140,8 +140,9 @@ def prepare(config: Config, workdir: str | Path) -> Problem:
         claim(config, Path(workdir), pictures, variables)
     n = len(pictures["train"].classes)
     print(
-        f"{config.get('weights', 'digits')}: {len(jax.tree.leaves(variables))} tensors of a "
-        f"{type(network).__name__}, {network.resolution} px; its head is new, for {n} classes"
+        f"loaded {len(jax.tree.leaves(variables))} tensors of a {type(network).__name__} "
+        f"({network.resolution} px) from {config.get('weights', 'its pretraining')}; its head "
+        f"('head', {n} classes) is new"
     )
     prefix = network.clone(stop=first_block, classes=None) if first_block else None
     train, evaluation = examples(config, prefix, variables, pictures, cache_dir)

@@ -5,6 +5,8 @@ weights timm/resnet18.tv_in1k and timm/resnet34.tv_in1k fit `ResNet()` and
 ``ResNet(stages=(3, 4, 6, 3))``.
 """
 
+from typing import Any
+
 import einops
 import flax.linen as nn
 import jax
@@ -63,7 +65,7 @@ class ResNet(Network, kw_only=True):
         if self.classes is None:
             return x
         if self.small:
-            x = einops.rearrange(nn.avg_pool(x, (2, 2), (2, 2)), "n h w c -> n (c h w)")
+            x = einops.reduce(x, "n (h a) (w b) c -> n (c h w)", "mean", a=2, b=2)
         else:
             x = einops.reduce(x, "n h w c -> n c", "mean")
         return nn.Dense(self.classes, use_bias=not self.small, name="head")(x)
@@ -74,7 +76,10 @@ class ResNet(Network, kw_only=True):
         kernel, stride = (3, 1) if self.small else (7, 2)
         x = conv(self.width, kernel, stride, name="stem")(x)
         x = jax.nn.relu(batch_norm(self.batch_stats, "stem_norm")(x))
-        return x if self.small else nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        if self.small:
+            return x
+        around: Any = ((1, 1), (1, 1))  # Flax's annotation knows only names of paddings
+        return nn.max_pool(x, (3, 3), (2, 2), padding=around)
 
     @nn.nowrap
     def _places(self) -> list[tuple[int, bool]]:
