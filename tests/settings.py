@@ -1,6 +1,9 @@
-"""A config of `configs/`, made small."""
+"""A config of `configs/`, made small, and the place of real data where there are some."""
 
 import importlib
+from pathlib import Path
+
+WEIGHTS = Path(__file__).resolve().parents[2] / "shared" / "data" / "weights"
 
 
 def settings(name="digits", **changes):
