@@ -18,6 +18,7 @@ _PLACE = os.environ.get("LANCE_JAX_DATA", "../shared/data")
 PREPARED = {
     "data_dir": f"{_PLACE}/tfds",
     "weights": f"{_PLACE}/weights/mcunet-5fps.safetensors",
+    "resolution": 0,  # the 128 pixels that MCUNet was trained at
 }
 DATA = {"digits": {}, "cifar10": PREPARED, "pets": PREPARED | {"classes": COMPLETE_BREEDS}}
 

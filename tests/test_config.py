@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from settings import settings
 
 from lance_jax import config, train
@@ -92,7 +93,7 @@ def test_bad_settings_are_told_at_once(tmp_path, changes, message):
     [
         ("digits", "clip", "digits"),
         ("digits", "pretrain", "digits"),
-        ("pets", "data_dir", "mcunet"),
+        ("pets", "data_dir", "pretrained"),
         ("folder", "unreadable", "folder"),
     ],
 )
@@ -132,11 +133,27 @@ def test_an_unwritable_directory_is_told_at_once(tmp_path, setting):
     [
         ("mcunet-5fps.safetensors", "does not exist; give --config.weights=FILE"),
         (__file__, "is not a safetensors file"),
+        ("timm/resnet18.tv_in1k", "neither in the cache of huggingface_hub nor to be had"),
     ],
 )
-def test_bad_weights_are_told_at_once(tmp_path, weights, message):
+def test_bad_weights_are_told_at_once(tmp_path, monkeypatch, weights, message):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=re.escape(message)):
         train.compare(settings("cifar10", weights=weights, cache_dir=""), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "resnet50"}, "config.model is 'resnet50'; it must be one of '', .*'resnet34'"),
+        ({"resolution": -1}, "config.resolution is -1; it must be at least 0"),
+        ({"batch_stats": "tuned"}, "config.batch_stats is 'tuned'; .* 'frozen', 'trained'"),
+    ],
+)
+def test_bad_settings_of_a_pretrained_network_are_told_at_once(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train.compare(settings("pets", cache_dir="", **changes), tmp_path)
 
 
 @pytest.mark.parametrize(

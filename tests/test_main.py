@@ -39,7 +39,10 @@ def run(*arguments):
         (["--config", "README.md"], "the configuration cannot be read"),
         (["--config", "tests/tolerances.py"], "no attribute 'get_config'"),
         (["epochs=3"], "'epochs=3' is no flag"),
-        (["--config", "configs/cifar10.py"], "'mcunet-5fps.safetensors' does not exist"),
+        (
+            ["--config", "configs/cifar10.py", "--config.weights=no.safetensors"],
+            "'no.safetensors' does not exist",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_a_failure(tmp_path, arguments, message):

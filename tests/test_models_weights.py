@@ -5,7 +5,7 @@ import pickle
 import zipfile
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from huggingface_hub import constants
@@ -78,7 +78,7 @@ def test_a_file_without_a_classifier(tmp_path, tensors):
     assert network.classes is None and "head" not in variables["params"]
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float64])
 def test_other_floats_become_float32(tmp_path, tensors, dtype):
     """num_batches_tracked, an integer of torch's batch norm, is left out."""
     rounded = {name: tensor.astype(dtype) for name, tensor in tensors.items()}

@@ -209,6 +209,7 @@ def folder(tmp_path):
         "folder": str(tmp_path / "pictures"),
         "weights": str(tmp_path / "mcunet.safetensors"),
         "unreadable": "skip",
+        "resolution": 0,
         "cache_dir": "",
         "batch_size": 8,
         "epochs": 20,

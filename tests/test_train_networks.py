@@ -1,0 +1,138 @@
+"""Fine-tuning of each kind of network: what is trained, and batch norm's statistics."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from settings import settings
+
+from lance_jax import data, train
+from lance_jax.models import network, weights
+from lance_jax.models.deit import DeiT
+from lance_jax.models.mobilenet import MobileNetV2
+from lance_jax.models.resnet import ResNet
+from lance_jax.pictures import Pictures
+from tests.test_models_network import drawn
+from tests.test_train import changed
+
+NETWORKS = {
+    "resnet": ResNet(resolution=8, stages=(1, 2), width=4, small=True),
+    "deit": DeiT(resolution=8, patch=4, width=12, depth=2),
+    "mobilenetv2": MobileNetV2(resolution=32, width=0.1),
+}
+
+
+@pytest.fixture
+def prepare(tmp_path, monkeypatch):
+    """prepare(name, **changes) -> (config, workdir, problem), on drawn weights and pictures."""
+
+    def pictures(name, data_dir, split, side, classes):
+        rng = np.random.default_rng(0)
+        labels = np.arange(32, dtype=np.int32) % 2
+        images = rng.normal(0, 0.3, (32, side, side, 3)) + (labels - 0.5)[:, None, None, None]
+        return Pictures(images.astype(np.float32), labels, ("dark", "light"), side)
+
+    monkeypatch.setattr(data, "tfds_pictures", pictures)
+
+    def prepare(name, **changes):
+        path, workdir = tmp_path / f"{name}.safetensors", tmp_path / "run"
+        net = NETWORKS[name].clone(classes=7)
+        weights.save(path, net, drawn(net))
+        small = {"weights": str(path), "resolution": 0, "cache_dir": "", "batch_size": 8}
+        config = settings("pets", **{**small, "epochs": 3, "trainable_layers": 3, **changes})
+        return config, workdir, train.prepare(config, workdir)
+
+    return prepare
+
+
+LAYERS = {
+    "resnet": ["blocks_1/shortcut", "blocks_2/conv1", "blocks_2/conv2"],
+    "deit": ["blocks_1/proj", "blocks_1/fc1", "blocks_1/fc2"],
+    "mobilenetv2": ["blocks_16/conv1", "blocks_16/conv3", "features"],
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_methods_train_what_they_say(prepare, name):
+    """With batch norm, a layer's bias is that of the norm behind it."""
+    config, workdir, problem = prepare(name)
+    assert problem.layers == LAYERS[name]
+    norm = "" if name == "deit" else "_norm"
+    head = {"head/kernel"} if name == "resnet" else {"head/kernel", "head/bias"}
+    biases = {f"{layer}{norm}/bias" for layer in problem.layers}
+    kernels = {f"{layer}/kernel" for layer in problem.layers}
+    for method, expected in {"bias": head | biases, "lance": head | biases | kernels}.items():
+        fitted = train.fit_method(config, problem, method, workdir / method)
+        assert changed(fitted.params, problem.params) == expected
+    assert set(fitted.factors) == kernels | {"head/kernel"}
+    result = train.run(config, workdir, "lance", problem)
+    assert result["saved_bytes"]["total"] < result["saved_bytes_backprop"]["total"]
+
+
+def test_trained_statistics(prepare):
+    """They move with the training, are restored with it, and are those that evaluation uses."""
+    config, workdir, problem = prepare("resnet", batch_stats="trained", epochs=6)
+    fitted = train.fit_method(config, problem, "lance", workdir / "lance")
+    moved = {path for path in changed(fitted.params, problem.params) if "batch_stats" in path}
+    norms = ["blocks_1/conv1", "blocks_1/conv2", "blocks_1/shortcut"]
+    norms += ["blocks_2/conv1", "blocks_2/conv2"]
+    assert moved == {f"batch_stats/{n}_norm/{leaf}" for n in norms for leaf in ("mean", "var")}
+    again = train.fit_method(config, problem, "lance", workdir / "lance")
+    assert changed(again.params, fitted.params) == set()
+    result = train.run(config, workdir, "lance", problem)
+    logits = problem.apply_fn(fitted.params, jnp.asarray(problem.evaluation.read(range(32))))
+    right = np.mean(np.argmax(logits, -1) == problem.evaluation.labels)
+    assert result["test_accuracy"] == right == 1
+    stale = {**fitted.params, "batch_stats": problem.params["batch_stats"]}
+    other = problem.apply_fn(stale, jnp.asarray(problem.evaluation.read(range(32))))
+    assert not np.allclose(logits, other)
+
+
+def test_trained_statistics_need_batch_norm(prepare):
+    message = "config.batch_stats is 'trained', and the network of .*deit.* has no batch norm"
+    with pytest.raises(ValueError, match=message):
+        prepare("deit", batch_stats="trained")
+
+
+def test_the_new_head_is_told_of(prepare, capsys):
+    prepare("resnet")
+    line = capsys.readouterr().out.splitlines()[0]
+    # a tensor of each of 8 convolutions, 4 of each one's norm, and the head's
+    assert "loaded 41 tensors of a ResNet (8 px) from " in line and "resnet.safetensors" in line
+    assert "its head ('head', 2 classes) is new" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "layers", "block"),
+    [
+        (
+            "resnet18",
+            4,
+            ["blocks_6/conv2", "blocks_6/shortcut", "blocks_7/conv1", "blocks_7/conv2"],
+            6,
+        ),
+        ("resnet18", 1, ["blocks_7/conv2"], 7),
+        ("deit_tiny_patch16_224", 2, ["blocks_11/fc1", "blocks_11/fc2"], 11),
+        ("mobilenetv2_100", 1, ["features"], 17),
+        ("mobilenetv2_100", 2, ["blocks_16/conv3", "features"], 16),
+        ("alexnet", 2, ["blocks_3/dense", "blocks_4/dense"], 3),
+    ],
+)
+def test_the_last_layers(name, n, layers, block):
+    assert train.trained_layers(weights.MODELS[name], n) == (layers, block)
+
+
+def test_all_layers_begin_at_the_stem():
+    layers, block = train.trained_layers(NETWORKS["resnet"], 8)
+    assert layers[0] == "stem" and block == 0
+    with pytest.raises(ValueError, match="config.trainable_layers is 9: .*the 8 that are neither"):
+        train.trained_layers(NETWORKS["resnet"], 9)
+
+
+def test_frozen_statistics_stay(prepare):
+    config, workdir, problem = prepare("resnet")
+    start = jax.tree.leaves(problem.params["batch_stats"])
+    fitted = train.fit_method(config, problem, "backprop", workdir / "backprop")
+    end = jax.tree.leaves(fitted.params["batch_stats"])
+    assert start and all(map(np.array_equal, start, end))
+    assert network.as_variables(fitted.params).keys() == {"params", "batch_stats"}
