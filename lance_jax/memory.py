@@ -9,7 +9,8 @@ import jax
 from lance_jax import jaxprs, pointwise, residuals
 from lance_jax.factors import Factors, LayerFactors, as_factors, table
 from lance_jax.paths import leaves_with_path
-from lance_jax.step import Trainable, choose, trace_phases
+from lance_jax.phases import trace_phases
+from lance_jax.step import Trainable, choose
 from lance_jax.transform import Use, check, find, keep, rewrite
 
 

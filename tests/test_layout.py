@@ -29,6 +29,8 @@ ORDER = [
     "transform",
     "calibrate",
     "residuals",
+    "phases",
+    "micro_batches",
     "step",
     "memory",
     "models",
