@@ -66,7 +66,7 @@ def test_one_working_directory_has_the_same_inputs(tmp_path, what):
         ({"batch_size": 0}, "config.batch_size is 0; it must be at least 1"),
         ({"epochs": 0}, "config.epochs is 0"),
         ({"classes": "5,six"}, "unknown class 'six' in data set 'digits'"),
-        ({"trainable_layers": 9}, "trainable_layers is 9"),
+        ({"trainable_layers": 11}, "trainable_layers is 11: .* than the 10 that"),
         ({"learning_rate": {"head": -0.1}}, "config.learning_rate.head is -0.1; it must be pos"),
         ({"clip": float("nan")}, "config.clip is nan; it must be positive"),
         ({"modes": "paper"}, "config.modes=paper stands for config.energy=0.7, and it is 0.98"),
