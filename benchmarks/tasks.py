@@ -1,7 +1,7 @@
 """The three data sets that are measured, as configs of the program; run from the root.
 
 Pictures and weights lie under the directory that the environment variable LANCE_JAX_DATA names, as
-tfds/ and weights/mcunet-5fps.safetensors.
+tfds/ and weights/.
 """
 
 import importlib
@@ -15,9 +15,10 @@ COMPLETE_BREEDS = (
     "Abyssinian,american_bulldog,Bengal,german_shorthaired,havanese,Maine_Coon,pomeranian"
 )
 _PLACE = os.environ.get("LANCE_JAX_DATA", "../shared/data")
+WEIGHTS = f"{_PLACE}/weights"
 PREPARED = {
     "data_dir": f"{_PLACE}/tfds",
-    "weights": f"{_PLACE}/weights/mcunet-5fps.safetensors",
+    "weights": f"{WEIGHTS}/mcunet-5fps.safetensors",
     "resolution": 0,  # the 128 pixels that MCUNet was trained at
 }
 DATA = {"digits": {}, "cifar10": PREPARED, "pets": PREPARED | {"classes": COMPLETE_BREEDS}}

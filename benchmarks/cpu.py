@@ -1,0 +1,195 @@
+"""Inference and training steps on a CPU beside plain JAX and PyTorch: `python -m benchmarks.cpu`.
+
+The same weights and pictures, all cores, every variant in turn in each round, in random order. A
+step is the loss and the gradients of the trained parameters (the last 4 layers and a head, or all),
+without the optimiser. Plain JAX is `jax.jit` of `jax.value_and_grad`; PyTorch runs in the better of
+its two memory formats, measured; this library runs at the fastest micro-batch of those tried. The
+interval of a ratio of medians is a paired bootstrap over rounds. Needs torch.
+"""
+
+import argparse
+import functools
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch  # pyright: ignore[reportMissingImports]
+from flax.traverse_util import flatten_dict
+
+import lance_jax
+from benchmarks import records, tasks, torch_networks
+from benchmarks.step_time import interleaved, ratio
+from lance_jax import loop, train
+from lance_jax.models import network as networks
+from lance_jax.models import weights
+from lance_jax.models.mobilenet import MobileNetV2
+from lance_jax.models.network import Network
+from lance_jax.models.resnet import ResNet
+
+NETWORKS = ("mcunet-5fps", "mbv2-w0.35", "mobilenetv2-1.0", "resnet18")
+KINDS = ("forward", "last4", "all")
+MICRO_BATCHES = (2, 4, 8, 16)
+CLASSES = 10
+FORMATS = (torch.contiguous_format, torch.channels_last)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
+    parser.add_argument("--rounds", type=int, default=20)
+    arguments = parser.parse_args()
+    for name in arguments.networks:
+        for size in arguments.batches:
+            for kind in arguments.kinds:
+                record = measure(name, kind, size, arguments.rounds)
+                print(record["network"], kind, size, record["seconds"], record["ratios"])
+                records.append(records.RESULTS / "cpu.jsonl", record)
+
+
+def measure(name: str, kind: str, size: int, rounds: int) -> dict:
+    """Median seconds of every variant, and their ratios to the fastest of this library's."""
+    network, params = setting(name)
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-1, 1, (size, *network.picture)).astype(np.float32)
+    y = rng.integers(0, CLASSES, size)
+    variants, chosen = (
+        (inference(network, params, x), {})
+        if kind == "forward"
+        else steps(network, params, x, y, kind)
+    )
+    seconds = interleaved(variants, iter(lambda: (), None), rounds)
+    ours = [variant for variant in seconds if variant.startswith("lance_jax")]
+    return {
+        "network": name,
+        "kind": kind,
+        "batch_size": size,
+        "seconds": {variant: median(s) for variant, s in seconds.items()},
+        "ratios": {
+            f"{other} / {one}": ratio(seconds[other], seconds[one])
+            for one in ours
+            for other in seconds
+            if other not in ours
+        },
+        "micro_batch": chosen,
+        "rounds": rounds,
+        "versions": {**train.versions(), "torch": torch.__version__},
+        "device": train.device(),
+    }
+
+
+def setting(name: str) -> tuple[Network, Any]:
+    """A network with a head of ten classes, and its parameters; random where none are at hand."""
+    if name in ("mcunet-5fps", "mbv2-w0.35"):
+        network, variables = weights.load(f"{tasks.WEIGHTS}/{name}.safetensors")
+    else:
+        network = {"mobilenetv2-1.0": MobileNetV2, "resnet18": ResNet}[name](resolution=128)
+        variables = {"params": {}}
+    network = network.clone(classes=CLASSES)
+    drawn = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, *network.picture)))
+    params = networks.as_params(drawn) | networks.as_params(variables)
+    return network, params | {"head": drawn["params"]["head"]}
+
+
+def inference(network: Network, params: Any, x: np.ndarray) -> dict[str, Callable]:
+    apply_fn = networks.apply_fn(network)
+    plain, ours = jax.jit(apply_fn), jax.jit(lance_jax.lower_for_cpu(apply_fn))
+    given = jnp.asarray(x)
+
+    def run(p: Any, x: torch.Tensor) -> None:
+        with torch.inference_mode():
+            torch_networks.forward(network, p, x)
+
+    return {
+        "jax": lambda: plain(params, given),
+        "lance_jax": lambda: ours(params, given),
+        "torch": fastest(
+            [
+                functools.partial(
+                    run, torch_networks.tensors(params, f), torch_networks.pictures(x, f)
+                )
+                for f in FORMATS
+            ]
+        ),
+    }
+
+
+def steps(
+    network: Network, params: Any, x: np.ndarray, y: np.ndarray, kind: str
+) -> tuple[dict[str, Callable], dict[str, int | None]]:
+    """Functions that take one step each, and the micro-batches of this library's."""
+    apply_fn = networks.apply_fn(network)
+    layers, _ = train.trained_layers(network, 4)
+    patterns = ["/(kernel|bias|scale)$"]
+    select = None if kind == "all" else [f"^{layer}/" for layer in layers]
+    if kind == "last4":
+        patterns = train.trainable_patterns("lance", layers)
+    given, labels = jnp.asarray(x), jnp.asarray(y)
+    factors = lance_jax.calibrate(
+        lance_jax.lower_for_cpu(apply_fn), params, [given], select=select, energy=0.98,
+        core_dtype="int4",
+    )  # fmt: skip
+    loss = loop.loss_of(apply_fn)
+    parts = lance_jax.value_and_grad(loss, trainable=patterns)
+    trained, frozen = parts.partition(params)
+
+    @jax.jit
+    def plain(trained: Any, frozen: Any, x: jax.Array, y: jax.Array) -> Any:
+        return jax.value_and_grad(lambda t: loss(parts.merge(t, frozen), x, y))(trained)
+
+    variants: dict[str, Callable] = {"jax": lambda: plain(trained, frozen, given, labels)}
+    chosen = {}
+    for name, fn in {
+        "lance_jax backprop": lance_jax.lower_for_cpu(apply_fn),
+        "lance_jax LANCE": lance_jax.lower_for_cpu(lance_jax.compress(apply_fn, factors)),
+    }.items():
+        sizes = [None, *(n for n in MICRO_BATCHES if n < len(x))]
+        candidates: list[Callable] = [
+            functools.partial(
+                lance_jax.value_and_grad(
+                    loop.loss_of(fn), trainable=patterns, micro_batch=n
+                ), params, given, labels,
+            )
+            for n in sizes
+        ]  # fmt: skip
+        variants[name] = fastest(candidates)
+        chosen[name] = sizes[candidates.index(variants[name])]
+    paths = [path for path, leaf in flatten_dict(trained, sep="/").items() if leaf is not None]
+    variants["torch"] = fastest([torch_step(network, params, x, y, paths, f) for f in FORMATS])
+    return variants, chosen
+
+
+def torch_step(
+    network: Network, params: Any, x: Any, y: Any, trained: list[str], memory_format: Any
+) -> Callable:
+    p = torch_networks.tensors(params, memory_format)
+    pictures, labels = torch_networks.pictures(x, memory_format), torch.from_numpy(y)
+    leaves = [p[path].requires_grad_() for path in trained]
+
+    def step() -> None:
+        logits = torch_networks.forward(network, p, pictures)
+        torch.autograd.grad(torch.nn.functional.cross_entropy(logits, labels), leaves)
+
+    return step
+
+
+def fastest(candidates: list[Callable], rounds: int = 3) -> Callable:
+    """The one with the least time, after two calls that compile and warm up."""
+    least = []
+    for run in candidates:
+        times = []
+        for _ in range(2 + rounds):
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            times.append(time.perf_counter() - start)
+        least.append(min(times[2:]))
+    return candidates[least.index(min(least))]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""The PyTorch side of benchmarks.cpu computes the same networks; only where torch is installed."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+from benchmarks import cpu, torch_networks  # noqa: E402
+from lance_jax.models import network as networks  # noqa: E402
+from tests.tolerances import assert_close  # noqa: E402
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.mark.parametrize("memory_format", cpu.FORMATS, ids=str)
+@pytest.mark.parametrize("name", cpu.NETWORKS)
+def test_logits(name, memory_format, exact_products):
+    if name in ("mcunet-5fps", "mbv2-w0.35") and not SHARED.is_dir():
+        pytest.skip("no ../shared/data")
+    network, params = cpu.setting(name)
+    x = np.random.default_rng(0).uniform(-1, 1, (2, *network.picture)).astype(np.float32)
+    expected = jax.jit(networks.apply_fn(network))(params, x)
+    tensors = torch_networks.tensors(params, memory_format)
+    found = torch_networks.forward(network, tensors, torch_networks.pictures(x, memory_format))
+    assert_close(found.numpy(), np.asarray(expected, np.float64))
