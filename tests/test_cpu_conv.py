@@ -72,9 +72,14 @@ def operands(conv, dtype="float32"):
     return jnp.asarray(w, dtype), jnp.asarray(x, dtype)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-@pytest.mark.parametrize("conv", CASES.values(), ids=CASES)
-def test_forward_and_both_gradients(conv, dtype):
+SOME = ("stride 2", "multiplier", "1x1, stride 2", "stem")
+IN_DTYPES = [(name, "float32") for name in CASES]
+IN_DTYPES += [(name, dtype) for name in SOME for dtype in ("bfloat16", "float64")]
+
+
+@pytest.mark.parametrize(("name", "dtype"), IN_DTYPES)
+def test_forward_and_both_gradients(name, dtype):
+    conv = CASES[name]
     with jax.enable_x64(dtype == "float64"):
         w, x = operands(conv, dtype)
         apply = lowered(conv, w, x)
