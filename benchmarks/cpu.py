@@ -53,16 +53,15 @@ def main() -> None:
 
 
 def measure(name: str, kind: str, size: int, rounds: int) -> dict:
-    """Median seconds of every variant, and their ratios to the fastest of this library's."""
+    """Median seconds of every variant, and the others' ratios to each of this library's."""
     network, params = setting(name)
     rng = np.random.default_rng(0)
     x = rng.uniform(-1, 1, (size, *network.picture)).astype(np.float32)
     y = rng.integers(0, CLASSES, size)
-    variants, chosen = (
-        (inference(network, params, x), {})
-        if kind == "forward"
-        else steps(network, params, x, y, kind)
-    )
+    if kind == "forward":
+        variants, chosen = inference(network, params, x), {}
+    else:
+        variants, chosen = steps(network, params, x, y, kind)
     seconds = interleaved(variants, iter(lambda: (), None), rounds)
     ours = [variant for variant in seconds if variant.startswith("lance_jax")]
     return {

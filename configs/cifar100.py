@@ -13,8 +13,4 @@ def get_config() -> ml_collections.ConfigDict:
     config = lance_jax.config.pretrained()  # all fields and their defaults
     config.dataset = "cifar100"
     config.resolution = 128  # 4 times the pictures' own; a third of the multiplications of 224
-    config.epochs = 15
-    config.learning_rate = ml_collections.ConfigDict(
-        {"head": 0.0125, "bias": 0.1, "backprop": 0.05, "lance": 0.05}
-    )
     return config

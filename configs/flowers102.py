@@ -14,9 +14,4 @@ import lance_jax.config
 def get_config() -> ml_collections.ConfigDict:
     config = lance_jax.config.pretrained()  # all fields and their defaults
     config.dataset = "oxford_flowers102"
-    config.resolution = 160  # half the multiplications of the 224 that it was trained at
-    config.epochs = 15
-    config.learning_rate = ml_collections.ConfigDict(
-        {"head": 0.0125, "bias": 0.1, "backprop": 0.05, "lance": 0.05}
-    )
     return config

@@ -15,7 +15,6 @@ import lance_jax.config
 def get_config() -> ml_collections.ConfigDict:
     config = lance_jax.config.pretrained()  # all fields and their defaults
     config.dataset = "oxford_iiit_pet"
-    config.resolution = 160  # half the multiplications of the 224 that it was trained at
     config.epochs = 30
     config.log_every = 5
     config.learning_rate = ml_collections.ConfigDict(

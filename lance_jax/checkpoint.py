@@ -63,10 +63,12 @@ class Checkpoints:
             return None
         try:
             return self._restore(step, state)
-        except Exception as error:  # Orbax tells of damage in many ways
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            reason = (str(error).splitlines() or [""])[0]
             raise ValueError(
                 f"checkpoint {str(self._directory / str(step))!r} cannot be read "
-                f"({type(error).__name__}); remove it, to go on from the one before or anew"
+                f"({type(error).__name__}: {reason}); if it is damaged, remove it, to go on from "
+                "the one before or anew"
             ) from error
 
     def _restore(self, step: int, state: Any) -> Checkpoint:

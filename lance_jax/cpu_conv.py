@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lance_jax import windows
 from lance_jax.conv import Conv
 from lance_jax.modes import accumulator
 from lance_jax.primitives import bilinear
@@ -121,13 +122,10 @@ def _shifted_dx(conv: Conv, dy: jax.Array, w: jax.Array) -> jax.Array:
     """Depthwise: the sum over taps of dy, spread out by the strides and shifted against the tap."""
     _, *sizes, channels = (conv.x_shape[axis] for axis in conv.x_axes)
     reach = [(k - 1) * d for k, d in zip(w.shape[:-2], conv.w_dilation, strict=True)]
-    padding = [(0, 0, 0)] * dy.ndim
-    for i, stride in enumerate(conv.strides):
-        spread = (dy.shape[1 + i] - 1) * stride + 1
-        wanted = (sizes[i] - 1) * conv.x_dilation[i] + 1 + reach[i]
-        low = reach[i] - conv.padding[i][0]
-        padding[1 + i] = (low, wanted - low - spread, stride - 1)
-    dy = _materialized(lax.pad(dy, jnp.zeros((), dy.dtype), padding))
+    low = [pad for pad, _ in conv.padding]
+    axes = zip(sizes, conv.x_dilation, dy.shape[1:-1], conv.strides, reach, low, strict=True)
+    whole = (0, 0, 0)
+    dy = windows.padded(dy, [whole, *(windows.spread(*axis) for axis in axes), whole])
     w = w.astype(accumulator(w.dtype))
 
     def term(tap: tuple[int, ...], at: list[int]) -> jax.Array:
@@ -174,10 +172,9 @@ def _window(
     x: jax.Array, at: list[int], sizes: list[int], strides: Any, channel: int | None = None
 ) -> jax.Array:
     """The elements at + stride * i, of one channel or all, in the accumulator's dtype."""
-    first, last = (0, x.shape[-1]) if channel is None else (channel, channel + 1)
-    limits = [a + (n - 1) * s + 1 for a, n, s in zip(at, sizes, strides, strict=True)]
-    window = lax.slice(x, [0, *at, first], [len(x), *limits, last], [1, *strides, 1])
-    return window.astype(accumulator(x.dtype))
+    first, count = (0, x.shape[-1]) if channel is None else (channel, 1)
+    found = windows.under(x, [0, *at, first], [len(x), *sizes, count], [1, *strides, 1])
+    return found.astype(accumulator(x.dtype))
 
 
 def _sum(terms: Iterator[jax.Array]) -> jax.Array:
@@ -190,11 +187,6 @@ def _sum(terms: Iterator[jax.Array]) -> jax.Array:
 def _padded(conv: Conv, x: jax.Array) -> jax.Array:
     spread = zip(conv.padding, conv.x_dilation, strict=True)
     padding = [(0, 0, 0), *((low, high, d - 1) for (low, high), d in spread), (0, 0, 0)]
-    x = _materialized(lax.pad(x, jnp.zeros((), x.dtype), padding))
+    x = windows.padded(x, padding)
     multiplier = conv.y_shape[conv.y_axes[-1]] // x.shape[-1]
     return jnp.repeat(x, multiplier, axis=-1) if conv.depthwise and multiplier > 1 else x
-
-
-def _materialized(x: jax.Array) -> jax.Array:
-    # A pad fused into the sum over taps would test every element's place anew for every tap.
-    return lax.optimization_barrier(x)

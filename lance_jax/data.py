@@ -89,7 +89,9 @@ def prepare(name: str, data_dir: str | Path) -> None:
     try:
         place = Path(data_dir).expanduser()
         tfds.builder(name, data_dir=place, file_format="array_record").download_and_prepare()
-    except Exception as error:  # of the network, the disk, the archive
+    except Exception as error:
+        # Each data set's builder is code of its author, over the network, archives and TensorFlow:
+        # it may raise anything, and none of it is this program's fault or can be mended here.
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"data set {name!r} cannot be prepared: {reason[0]}") from error
 
@@ -107,10 +109,12 @@ def _tfds_builder(name: str, data_dir: str | Path) -> tuple[Any, Any]:
     try:
         newest = max(_versions(name, data_dir), key=lambda path: tfds.core.Version(path.name))
         builder = tfds.builder_from_directory(newest)
-    except Exception as error:  # its parsers share no class of errors
+    except Exception as error:
+        # The folder's files name classes to import and hold protocol buffers: those who parse them
+        # raise errors of their own, without a common class.
         raise ValueError(
             f"data set {name!r} in {str(data_dir)!r} is not one of TensorFlow Datasets: {error}"
-        ) from None
+        ) from error
     fields: Any = builder.info.features
     if not {"image", "label"} <= set(fields):
         raise ValueError(

@@ -31,9 +31,11 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         _stop(f"{argv[1]!r} is no flag; fields are set by --config.key=value")
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
-    config_file, config = _load_config()
+    file, config = config_flags.get_config_filename(flags.FLAGS["config"]), _CONFIG.value
+    if not isinstance(config, ml_collections.ConfigDict):
+        _stop(f"get_config() of {file} gives a {type(config).__name__}, and no ConfigDict")
     try:
-        workdir = _WORKDIR.value or f"workdir/{Path(config_file).stem}"
+        workdir = _WORKDIR.value or f"workdir/{Path(file).stem}"
         train.compare(config, Path(workdir).expanduser())
     except (ValueError, OSError, FloatingPointError) as error:
         _stop(error)
@@ -44,31 +46,18 @@ def _parse_flags(argv: list[str]) -> list[str]:
     if not any(re.match("--?config(=|$)", argument) for argument in argv):
         argv = [argv[0], f"--config={DEFAULT_CONFIG}", *argv[1:]]
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        getattr(_CONFIG.value, "lock", None)  # where the file failed to load, this raises its error
+        return rest
     except flags.Error as error:
         _stop(error)
-    except Exception as error:  # the configuration is code; or it lacks a field that is set
-        _stop_in_config(error)
-
-
-def _load_config() -> tuple[str, ml_collections.ConfigDict]:
-    """(the file's name, the configuration); without fields to set it is read only here."""
-    try:
-        file, config = config_flags.get_config_filename(flags.FLAGS["config"]), _CONFIG.value
-        getattr(config, "lock", None)  # where the file failed to load, this raises its error
-    except Exception as error:  # the configuration is code: it may raise anything
-        _stop_in_config(error)
-    if not isinstance(config, ml_collections.ConfigDict):
-        _stop(f"get_config() of {file} gives a {type(config).__name__}, and no ConfigDict")
-    return file, config
-
-
-def _stop_in_config(error: Exception) -> NoReturn:
-    reason: object = error
-    # ml_collections puts one into another
-    while isinstance(reason, AttributeError | KeyError) and reason.args:
-        reason = reason.args[0]
-    _stop(f"the configuration cannot be read: {reason}")
+    except Exception as error:
+        # The configuration is a Python file of the user's, run here: it may raise anything.
+        reason: object = error
+        # ml_collections puts one error into another
+        while isinstance(reason, AttributeError | KeyError) and reason.args:
+            reason = reason.args[0]
+        _stop(f"the configuration cannot be read: {reason}")
 
 
 def _stop(error: object) -> NoReturn:

@@ -61,7 +61,7 @@ class Pictures(NamedTuple):
 
     def fingerprint(self) -> str:
         """Hash of the pictures in their order, and of how they are read."""
-        digest = hashlib.sha256(f"rgb bicubic {self.side} /127.5-1 v1".encode())
+        digest = hashlib.sha256(f"rgb bicubic {self.side} /127.5-1 v2".encode())
         for image in self.images:
             content = image.read_bytes() if isinstance(image, Path) else image
             digest.update(hashlib.sha256(content).digest())
@@ -79,8 +79,10 @@ def decode(image: bytes | Path, side: int) -> np.ndarray:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as picture:
             ImageOps.exif_transpose(picture, in_place=True)
             resized = _to_rgb(picture).resize((side, side), Image.Resampling.BICUBIC)
-    except Exception as error:  # Pillow tells of damage in many ways
-        # its own words name a buffer by its address, or the path once more
+    except Exception as error:
+        # On damaged files Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error,
+        # IndexError, its own DecompressionBombError and more, of which it keeps no list.
+        # Its own words name a buffer by its address, or the path once more
         reason = "no picture that Pillow knows" if "identify" in str(error) else str(error)
         name = f"of {len(image):,} bytes" if isinstance(image, bytes) else repr(str(image))
         raise ValueError(f"picture {name} cannot be read: {reason}") from error

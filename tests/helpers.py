@@ -57,7 +57,7 @@ def equations(jaxpr):
 def two_devices():
     """A mesh of two devices, or a skipped test."""
     if len(jax.devices()) < 2:
-        pytest.skip("this backend has one device, and the test needs two")
+        pytest.skip("an accelerator of one device; the tests ask a CPU for two")
     return jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
 
 

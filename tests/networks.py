@@ -6,7 +6,7 @@ turns such a tree (or a gradient, or factors by layer) into what the form takes,
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -278,10 +278,12 @@ class NNXNetwork(nnx.Module):
 
     def __call__(self, x):
         if self.transformation.startswith("scan"):
-            call: Any = lambda x, block: block(x)  # noqa: E731
-            if "remat" in self.transformation:
-                call = nnx.remat(call)
-            x = nnx.scan(call, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.blocks)
+
+            def call(x, block):
+                return block(x)
+
+            once = nnx.remat(call) if "remat" in self.transformation else call
+            x = nnx.scan(once, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.blocks)
         else:
             for i in range(BLOCKS):
                 x = self.once(getattr(self, f"block{i}"), x)

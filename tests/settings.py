@@ -1,9 +1,6 @@
-"""A config of `configs/`, made small, and the place of real data where there are some."""
+"""A config of `configs/`, made small."""
 
 import importlib
-from pathlib import Path
-
-WEIGHTS = Path(__file__).resolve().parents[2] / "shared" / "data" / "weights"
 
 
 def settings(name="digits", **changes):

@@ -9,8 +9,9 @@ import pytest
 import reference
 from calibration import PATHS, calibrate, network, ops, setting, split
 from cases import PATH, TABLE, inputs
+from helpers import two_devices
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from reference import Conv
 from tolerances import assert_close, tolerance
 
@@ -243,11 +244,8 @@ def test_lengths_may_differ_between_batches():
 
 
 def test_two_devices():
-    if len(jax.devices()) < 2:
-        pytest.skip("this backend has one device, and the test needs two")
     _, x, _ = setting()
-    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    sharding = NamedSharding(two_devices(), PartitionSpec("data"))
     sharded = [jax.device_put(part, sharding) for part in split(x, 4, 4, 2)]
     assert_same(calibrate(sharded), default_factors())
 

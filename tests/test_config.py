@@ -1,17 +1,15 @@
 """Settings, working directories and files that cannot be: one line, before anything long starts."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 from huggingface_hub import constants
+from real_data import TFDS, WEIGHTS, needs_real_data
 from settings import settings
 
 from lance_jax import config, train
 from lance_jax.pictures import Pictures
-
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def claim(workdir, train=None, weights=None):
@@ -171,7 +169,7 @@ def test_bad_settings_of_a_folder_are_told_at_once(tmp_path, changes, message):
         train.compare(settings("folder", **changes), tmp_path)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data")
+@needs_real_data
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -181,8 +179,8 @@ def test_bad_settings_of_a_folder_are_told_at_once(tmp_path, changes, message):
 )
 def test_bad_data_are_told_at_once(tmp_path, changes, message):
     places = {
-        "data_dir": str(SHARED / "tfds"),
-        "weights": str(SHARED / "weights" / "mcunet-5fps.safetensors"),
+        "data_dir": str(TFDS),
+        "weights": str(WEIGHTS / "mcunet-5fps.safetensors"),
         "cache_dir": "",
     }
     with pytest.raises(ValueError, match=message):

@@ -133,25 +133,21 @@ def test_forward_mode_and_second_derivatives(name):
         assert_close(a, b)
 
 
-def integers():
-    return xla(CASES["3x3"]), jnp.ones((3, 3, 1, 4), jnp.int32), jnp.ones((2, 9, 8, 4), jnp.int32)
-
-
 OTHERS = {
-    "dense 3x3": (Conv((2, 6, 6, 8), (3, 3, 8, 8)),),
-    "grouped": (Conv((2, 6, 6, 8), (3, 3, 4, 8), groups=2),),
-    "7x7 stem": (Conv((2, 9, 9, 3), (7, 7, 3, 4)),),
+    "dense 3x3": Conv((2, 6, 6, 8), (3, 3, 8, 8)),
+    "grouped": Conv((2, 6, 6, 8), (3, 3, 4, 8), groups=2),
+    "7x7 stem": Conv((2, 9, 9, 3), (7, 7, 3, 4)),
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_others_are_left_alone(name):
-    (conv,) = OTHERS[name]
+@pytest.mark.parametrize("conv", OTHERS.values(), ids=OTHERS)
+def test_others_are_left_alone(conv):
     w, x = operands(conv)
     traced = str(jax.make_jaxpr(lower_for_cpu(xla(conv)))(w, x))
     assert "conv_general_dilated" in traced and "cpu_conv" not in traced
 
 
 def test_integers_are_left_alone():
-    apply, w, x = integers()
+    apply = xla(CASES["3x3"])
+    w, x = jnp.ones((3, 3, 1, 4), jnp.int32), jnp.ones((2, 9, 8, 4), jnp.int32)
     np.testing.assert_array_equal(lower_for_cpu(apply)(w, x), apply(w, x))

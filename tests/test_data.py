@@ -8,13 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from real_data import TFDS, needs_real_data
 from samples import encoded, pictures
 from settings import settings
 
 from lance_jax import data
-
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "tfds"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data/tfds")
 
 
 def test_digits_are_real_and_divided_once():
@@ -86,14 +84,14 @@ def prepared(folder, version="3.0.2"):
     directory = folder / "cifar10" / version
     directory.mkdir(parents=True)
     for file in ("dataset_info.json", "features.json", "label.labels.txt"):
-        text = (SHARED / "cifar10" / "3.0.2" / file).read_text()
+        text = (TFDS / "cifar10" / "3.0.2" / file).read_text()
         if file == "dataset_info.json":
             text = json.dumps({**json.loads(text), "version": version})
         (directory / file).write_text(text)
     return directory
 
 
-@needs_shared
+@needs_real_data
 def test_the_newest_version_is_read(tmp_path):
     for version in ("9.0.0", "10.0.0"):
         prepared(tmp_path, version)
@@ -124,7 +122,7 @@ def no_pictures(directory):
     pass
 
 
-@needs_shared
+@needs_real_data
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -145,12 +143,12 @@ def test_damaged_data_set(tmp_path, damage, message):
     assert "\n" not in str(error.value)
 
 
-@needs_shared
+@needs_real_data
 def test_prepared_data_set_is_that_of_tfds():
     tfds: Any = importlib.import_module("tensorflow_datasets")
-    ours = data.tfds_pictures("cifar10", SHARED, "test", 32, ("truck", "cat"))
-    names = tfds.builder_from_directory(SHARED / "cifar10" / "3.0.2").info.features["label"].names
-    theirs = tfds.data_source("cifar10", data_dir=SHARED, split="test")
+    ours = data.tfds_pictures("cifar10", TFDS, "test", 32, ("truck", "cat"))
+    names = tfds.builder_from_directory(TFDS / "cifar10" / "3.0.2").info.features["label"].names
+    theirs = tfds.data_source("cifar10", data_dir=TFDS, split="test")
     wanted = [i for i in range(200) if names[theirs[i]["label"]] in ("truck", "cat")]
     assert len(ours.labels) == 400 and ours.classes == ("truck", "cat")
     for k, i in enumerate(wanted):

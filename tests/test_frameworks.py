@@ -20,7 +20,7 @@ pytestmark = [
 
 def need(name):
     if importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is not installed")
+        pytest.skip(f"{name} is not installed: it comes with the extra `frameworks`")
 
 
 def picture_batch():

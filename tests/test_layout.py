@@ -23,6 +23,7 @@ ORDER = [
     "dense",
     "conv",
     "pointwise",
+    "windows",
     "cpu_conv",
     "cpu_pool",
     "lowering",

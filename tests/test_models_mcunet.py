@@ -9,7 +9,7 @@ from lance_jax.models import weights
 from lance_jax.models.layers import Block
 from lance_jax.train import trained_layers
 from tests.pretrained import Reference, pictures, relu6
-from tests.settings import WEIGHTS
+from tests.real_data import WEIGHTS, needs_real_data
 from tests.tolerances import assert_close
 
 # (kernel, stride, in, hidden, out, expand, residual); odd sides show where padding is uneven
@@ -76,7 +76,7 @@ def test_logits_equal_the_reference(tmp_path, forward, options, exact_products):
     assert set(weights.keys(network)) == set(file.tensors)
 
 
-@pytest.mark.skipif(not WEIGHTS.is_dir(), reason="no ../shared/data/weights")
+@needs_real_data
 @pytest.mark.parametrize("name", ["mcunet-5fps", "mbv2-w0.35", "proxyless-w0.3"])
 def test_published_weights_load(name):
     network, variables = weights.load(WEIGHTS / f"{name}.safetensors")
@@ -87,7 +87,7 @@ def test_published_weights_load(name):
     assert np.isfinite(jax.jit(network.apply)(variables, x)).all()
 
 
-@pytest.mark.skipif(not WEIGHTS.is_dir(), reason="no ../shared/data/weights")
+@needs_real_data
 def test_the_layers_that_are_trained_by_default():
     network, _ = weights.load(WEIGHTS / "mcunet-5fps.safetensors")
     layers = ["blocks_12/conv1", "blocks_12/conv3", "blocks_13/conv1", "blocks_13/conv3"]

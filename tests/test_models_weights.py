@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from lance_jax.models import weights
 from lance_jax.models.resnet import ResNet
 from tests.pretrained import Reference, pictures
-from tests.settings import WEIGHTS
+from tests.real_data import WEIGHTS, needs_real_data
 from tests.test_models_mcunet import ARCHITECTURE, folded, with_norm
 from tests.test_models_network import NETWORKS, drawn
 
@@ -63,7 +63,7 @@ def test_what_was_loaded_is_saved_under_the_same_names(tmp_path, forward, option
     assert_equal(load_file(tmp_path / "out.safetensors"), file.tensors)
 
 
-@pytest.mark.skipif(not WEIGHTS.is_dir(), reason="no ../shared/data/weights")
+@needs_real_data
 def test_published_weights_are_saved_as_they_were(tmp_path):
     weights.save(tmp_path / "out.safetensors", *weights.load(WEIGHTS / "mcunet-5fps.safetensors"))
     theirs = load_file(WEIGHTS / "mcunet-5fps.safetensors")

@@ -46,7 +46,7 @@ class Network(nn.Module, kw_only=True):
 
         Parameters outside any module have the same name in both.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"there are no published weights of a {type(self).__name__}")
 
 
 def shapes(network: Network) -> Any:

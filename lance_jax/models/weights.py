@@ -146,7 +146,9 @@ def _from_hub(repository: str) -> Path:
         pass
     try:
         return Path(hub.hf_hub_download(repository, FILE))
-    except Exception as error:  # its errors and those of its HTTP client share no class
+    except Exception as error:
+        # The hub's own errors, its HTTP client's, the proxy's and the disk's have no common class,
+        # and the answer to all is the same.
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise ValueError(
             f"weights {repository!r} are neither in the cache of huggingface_hub nor to be had "
@@ -158,8 +160,7 @@ def _read(path: Path) -> tuple[Mapping[str, str], dict[str, np.ndarray]]:
     """(metadata, tensors by name)."""
     try:
         with safe_open(path, framework="numpy") as file:
-            # The file is no mapping and cannot be iterated without keys().
-            names = [name for name in file.keys() if not name.endswith("num_batches_tracked")]  # noqa: SIM118
+            names = [name for name in [*file.keys()] if not name.endswith("num_batches_tracked")]
             return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         with path.open("rb") as file:
@@ -206,11 +207,13 @@ def _parse(architecture: str, weights: str) -> Network:
             found = KINDS[kind](**values)
         network.shapes(found)
         return found
-    except Exception as error:  # what does not fit together may fail anywhere in the network
+    except Exception as error:
+        # The network is built and traced with whatever numbers and names the file holds: Python,
+        # Flax and JAX each raise errors of their own where these do not fit together.
         raise ValueError(
             f"weights {weights!r} describe no network in their metadata (`architecture`: "
             f"{type(error).__name__}: {' '.join(str(error).split())[:200]})"
-        ) from None
+        ) from error
 
 
 def _reference(model: Network, module: str) -> str:
