@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,14 +121,8 @@ def fit(
                 first = now.info["position"][1]
                 steps = config.log_every - first % config.log_every
                 steps = min(steps, loader.steps_per_epoch - first)
-                try:
+                with _naming(directory, field, learning_rate):
                     line, now = _window(step_fn, now, batches, steps, untimed)
-                except FloatingPointError as error:
-                    raise FloatingPointError(
-                        f"{directory.name}: {error}; try a lower config.{field} than "
-                        f"{learning_rate} in another workdir. What was written before is in "
-                        f"{str(directory)!r}"
-                    ) from None
                 log.append({**line, "learning_rate": float(schedule(now.step - 1))})
                 progress.update(bar, completed=now.step)
                 if window % config.checkpoint_every == 0 or now.step == total:
@@ -140,13 +134,31 @@ def fit(
             f"{str(directory / 'metrics.jsonl')!r} lacks lines of a run that is finished; choose "
             "another --workdir"
         )
+    return _fitted(now, lines, last)
+
+
+def _fitted(now: Checkpoint, lines: list[dict[str, Any]], last: list[dict[str, Any]]) -> Fitted:
+    """The end of a run, from all its lines of metrics and those of the last epoch."""
+    steps = sum(line["steps"] for line in last)
     return Fitted(
         params=now.state["params"],
         factors=now.factors,
-        loss=sum(x["loss"] * x["steps"] for x in last) / loader.steps_per_epoch,
+        loss=sum(line["loss"] * line["steps"] for line in last) / steps,
         step_seconds=[seconds for line in lines for seconds in line["step_seconds"]],
         calibration_seconds=now.info["calibration_seconds"],
     )
+
+
+@contextmanager
+def _naming(directory: Path, field: str, learning_rate: float) -> Iterator[None]:
+    """Says of a loss that is not finite where it was, and what to try."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(
+            f"{directory.name}: {error}; try a lower config.{field} than {learning_rate} in "
+            f"another workdir. What was written before is in {str(directory)!r}"
+        ) from None
 
 
 def _initial_state(

@@ -61,7 +61,24 @@ def trace_accumulated(
         _check_aux(parts[0].values_like[1:], trace(short or size + 1).values_like[1:])
     before = len(jaxprs.split(params)[0])
     places = [before + i for i, a in enumerate(jaxprs.split(args)[0]) if _is_divided(a)]
-    like = [leaf for leaf, use in zip(jax.tree.leaves(params), chosen, strict=True) if use]
+    # Shapes alone: what is cached must not hold the parameters of the first step.
+    like = [
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for leaf, use in zip(jax.tree.leaves(params), chosen, strict=True)
+        if use
+    ]
+    run = _loop(parts, places, [*parts[0].values_like, *like], size, batch)
+    return Accumulated(run, [part.consts for part in parts], parts[0].rest, like, chosen)
+
+
+def _loop(
+    parts: Sequence[Phases], places: Sequence[int], outs: Sequence[Any], size: int, batch: int
+) -> Callable[[Any, Any], tuple[list[Any], list[Any]]]:
+    """(consts, arrays) -> the means of values and gradients over all micro-batches.
+
+    parts: the step of a whole micro-batch, and that of a short last one if there is one; places:
+    which arrays are divided; outs: the shapes of values and gradients.
+    """
 
     @jax.jit
     def run(consts: Any, arrays: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -72,22 +89,20 @@ def trace_accumulated(
                 given[place] = array
             values, kept = parts[i].run_forward(consts[i], given)
             new = [*values, *parts[i].run_backward(kept, consts[i], given)]
-            return [
-                a + b.astype(a.dtype) * len(divided[0]) for a, b in zip(total, new, strict=True)
-            ]
+            n = len(divided[0])
+            return [a + b.astype(a.dtype) * n for a, b in zip(total, new, strict=True)]
 
-        outs = [*parts[0].values_like, *like]
         total = [jnp.zeros(out.shape, accumulator(out.dtype)) for out in outs]
-        cut = whole * size
-        stacked = [arrays[p][:cut].reshape(whole, size, *arrays[p].shape[1:]) for p in places]
+        cut = batch - batch % size
+        stacked = [arrays[p][:cut].reshape(-1, size, *arrays[p].shape[1:]) for p in places]
         total, _ = lax.scan(lambda total, xs: (add(total, 0, xs), None), total, stacked)
-        if short:
+        if cut < batch:
             total = add(total, 1, [arrays[p][cut:] for p in places])
         means = [(a / batch).astype(out.dtype) for a, out in zip(total, outs, strict=True)]
         count = len(parts[0].values_like)
         return means[:count], means[count:]
 
-    return Accumulated(run, [part.consts for part in parts], parts[0].rest, like, chosen)
+    return run
 
 
 def _is_divided(leaf: Any) -> bool:

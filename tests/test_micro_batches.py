@@ -1,5 +1,8 @@
 """Gradients summed over micro-batches are those of the whole batch."""
 
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,6 +89,16 @@ def test_compressed_and_lowered(size):
     assert_same(value_and_grad(compressed, micro_batch=size)(PARAMS, X, Y), expected)
     plain = value_and_grad(loss)(PARAMS, X, Y)[1]["conv"]
     assert np.abs(expected[1]["conv"] - plain).max() > 1e-4, "the factors do cut something"
+
+
+def test_no_parameter_is_held_after_a_step():
+    step = value_and_grad(loss, micro_batch=4)
+    params = jax.tree.map(jnp.copy, PARAMS)
+    held = [weakref.ref(leaf) for leaf in jax.tree.leaves(params)]
+    step(params, X, Y)
+    del params
+    gc.collect()
+    assert [ref() for ref in held] == [None] * 3
 
 
 def test_under_jit_and_with_what_is_closed_over():
