@@ -51,6 +51,9 @@ def base() -> ml_collections.ConfigDict:
     # a validation split, or say that theirs were not.
     config.epochs = 15
     config.batch_size = 128
+    # Samples that go through the network at a time; 0: on a CPU the fastest of a few, by timing,
+    # which may differ from run to run, elsewhere the whole batch.
+    config.micro_batch = 0
     config.learning_rate = ml_collections.ConfigDict(
         {"head": 0.05, "bias": 0.05, "backprop": 0.05, "lance": 0.05}
     )
@@ -145,7 +148,7 @@ def check(config: Config, workdir: str | Path) -> None:
             "digits have a network of their own, and it takes no other pictures"
         )
     least = dict.fromkeys(("epochs", "batch_size", "log_every", "checkpoint_every"), 1)
-    least |= {"calibration_batches": 1, "seed": 0}
+    least |= {"calibration_batches": 1, "seed": 0, "micro_batch": 0}
     counts = {field: config[field] for field in least}
     if config.model == "digits":
         counts["pretrain.epochs"] = config.pretrain.epochs
@@ -158,6 +161,7 @@ def check(config: Config, workdir: str | Path) -> None:
                 f"config.{field} is {value}; it must be at least {least.get(field, 1)}"
             )
     _check_modes(config)
+    _check_micro_batch(config)
     if not 0 < config.energy <= 1:
         raise ValueError(f"config.energy is {config.energy}; it must lie in (0, 1]")
     if config.dataset == "folder" and not 0 < config.test_fraction < 1:
@@ -188,6 +192,26 @@ def _check_modes(config: Config) -> None:
         raise ValueError(
             f"config.modes=paper stands for config.energy=0.7, and it is {config.energy}; give both"
         )
+
+
+def _check_micro_batch(config: Config) -> None:
+    """The micro-batches divide the batch, and nothing needs the whole of it."""
+    size, whole = config.micro_batch, config.batch_size
+    if size > whole:
+        raise ValueError(
+            f"config.micro_batch is {size}; it must be at most config.batch_size, {whole}"
+        )
+    if 0 < size < whole and needs_whole_batch(config):
+        raise ValueError(
+            f"config.micro_batch is {size}, but config.batch_stats=trained and the batch mode "
+            f"(config.modes=paper has it) need the whole batch, {whole}"
+        )
+
+
+def needs_whole_batch(config: Config) -> bool:
+    """Whether something in the network depends on the batch as a whole."""
+    batch_mode = bool({"paper", "batch"} & set(names(config.modes)))
+    return config.get("batch_stats") == "trained" or batch_mode
 
 
 def _check_fields(config: Config) -> None:

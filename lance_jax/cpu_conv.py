@@ -2,7 +2,8 @@
 
 `conv_p` has the operands and parameters of `lax.conv_general_dilated_p` and equals it to float
 rounding. A depthwise convolution is a sum of shifted products, a 1x1 convolution a matrix product;
-their gradients for the input and for the kernel each have a form of their own.
+their gradients for the input and for the kernel each have a form of their own. Of the others XLA's
+forward form is fast, and the gradients are brought into forms that are fast in a loop too.
 """
 
 import itertools
@@ -35,12 +36,19 @@ def fits(eqn: Any) -> bool:
     if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
         return False
     conv = Conv.of(eqn)
-    narrow = conv.groups == 1 and conv.modes["patch"] <= _TERMS
-    return bool(conv.strides) and (conv.depthwise or conv.pointwise or narrow)
+    empty = math.prod(conv.y_shape) == 0
+    return bool(conv.strides) and not empty and (conv.depthwise or conv.has_tap_gradient)
+
+
+def _shiftable(conv: Conv) -> bool:
+    """Whether the convolution is a short sum of shifted products."""
+    return conv.depthwise or conv.modes["patch"] <= _TERMS
 
 
 def _forward(x: jax.Array, w: jax.Array, **params: Any) -> jax.Array:
     conv, dtype = _conv(x, w, params)
+    if not (conv.pointwise or _shiftable(conv)):
+        return lax.conv_general_dilated_p.bind(x, w, **params)
     x, w = x.transpose(conv.x_axes), w.transpose(conv.w_axes)
     y = _pointwise(conv, x, w) if conv.pointwise else _shifted(conv, x, w)
     return y.astype(dtype).transpose(np.argsort(conv.y_axes))
@@ -48,21 +56,21 @@ def _forward(x: jax.Array, w: jax.Array, **params: Any) -> jax.Array:
 
 def _input_gradient(dy: jax.Array, x: Any, w: jax.Array, **params: Any) -> jax.Array:
     conv, _ = _conv(x, w, params)
-    if not (conv.pointwise or conv.depthwise):  # pictures, mostly, which ask for no gradient
-
-        def product(x: jax.Array) -> jax.Array:
-            return lax.conv_general_dilated_p.bind(x, w, **params)
-
-        return jax.linear_transpose(product, jax.ShapeDtypeStruct(x.shape, x.dtype))(dy)[0]
     dy, w = dy.transpose(conv.y_axes), w.transpose(conv.w_axes)
-    dx = _pointwise_dx(conv, dy, w) if conv.pointwise else _shifted_dx(conv, dy, w)
+    if conv.pointwise:
+        dx = _pointwise_dx(conv, dy, w)
+    else:
+        dx = (_shifted_dx if conv.depthwise else _dense_dx)(conv, dy, w)
     return dx.astype(x.dtype).transpose(np.argsort(conv.x_axes))
 
 
 def _kernel_gradient(dy: jax.Array, x: jax.Array, w: Any, **params: Any) -> jax.Array:
     conv, _ = _conv(x, w, params)
     x, dy = x.transpose(conv.x_axes), dy.transpose(conv.y_axes)
-    dw = _pointwise_dw(conv, x, dy) if conv.pointwise else _shifted_dw(conv, x, dy)
+    if conv.pointwise:
+        dw = _pointwise_dw(conv, x, dy)
+    else:
+        dw = _shifted_dw(conv, x, dy) if _shiftable(conv) else conv.tap_gradient(x, dy)
     return dw.astype(w.dtype).transpose(np.argsort(conv.w_axes))
 
 
@@ -108,6 +116,20 @@ def _product(conv: Conv, a: jax.Array, b: jax.Array, contract: Any) -> jax.Array
     return lax.dot_general(a, b, numbers, conv.precision, accumulator(a.dtype))
 
 
+# --- dense, larger than 1x1 ---
+
+
+def _dense_dx(conv: Conv, dy: jax.Array, w: jax.Array) -> jax.Array:
+    """The convolution of dy, spread out by the strides, with the kernel turned round."""
+    turned = jnp.flip(w, tuple(range(w.ndim - 2))).swapaxes(-1, -2)
+    padding = [(low, high) for low, high, _ in _spread(conv)]
+    return lax.conv_general_dilated(
+        dy, turned, conv.x_dilation, padding, conv.strides, conv.w_dilation,
+        conv.numbers(dy.ndim), precision=conv.precision,
+        preferred_element_type=accumulator(dy.dtype),
+    )  # fmt: skip
+
+
 # --- shifted products ----------------------------------------------------------------------------
 
 
@@ -121,11 +143,9 @@ def _shifted(conv: Conv, x: jax.Array, w: jax.Array) -> jax.Array:
 def _shifted_dx(conv: Conv, dy: jax.Array, w: jax.Array) -> jax.Array:
     """Depthwise: the sum over taps of dy, spread out by the strides and shifted against the tap."""
     _, *sizes, channels = (conv.x_shape[axis] for axis in conv.x_axes)
-    reach = [(k - 1) * d for k, d in zip(w.shape[:-2], conv.w_dilation, strict=True)]
-    low = [pad for pad, _ in conv.padding]
-    axes = zip(sizes, conv.x_dilation, dy.shape[1:-1], conv.strides, reach, low, strict=True)
+    reach = _reach(conv)
     whole = (0, 0, 0)
-    dy = windows.padded(dy, [whole, *(windows.spread(*axis) for axis in axes), whole])
+    dy = windows.padded(dy, [whole, *_spread(conv), whole])
     w = w.astype(accumulator(w.dtype))
 
     def term(tap: tuple[int, ...], at: list[int]) -> jax.Array:
@@ -157,6 +177,23 @@ def _shifted_dw(conv: Conv, x: jax.Array, dy: jax.Array) -> jax.Array:
 
     zeros = jnp.zeros((math.prod(kernel), out), accumulator(dy.dtype))
     return lax.fori_loop(0, height // rows, add, zeros).reshape(*kernel, out)
+
+
+def _reach(conv: Conv) -> list[int]:
+    """How far the last place of a window lies from its first, on each axis."""
+    kernel = [conv.w_shape[axis] for axis in conv.w_axes][:-2]
+    return [(k - 1) * d for k, d in zip(kernel, conv.w_dilation, strict=True)]
+
+
+def _spread(conv: Conv) -> list[tuple[int, int, int]]:
+    """The padding of dy's spatial axes that spreads it out for the gathering of dx."""
+    sizes, outputs = (
+        [shape[axis] for axis in axes][1:-1]
+        for shape, axes in ((conv.x_shape, conv.x_axes), (conv.y_shape, conv.y_axes))
+    )
+    low = [pad for pad, _ in conv.padding]
+    axes = zip(sizes, conv.x_dilation, outputs, conv.strides, _reach(conv), low, strict=True)
+    return [windows.spread(*axis) for axis in axes]
 
 
 def _terms(conv: Conv) -> Iterator[tuple[tuple[int, ...], list[int], int | None]]:

@@ -1,5 +1,6 @@
 """The training loop: two-phase gradients, metrics by windows, checkpoints, exact resumption."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -20,7 +21,10 @@ from lance_jax.config import Config
 from lance_jax.features import Features
 from lance_jax.loader import Loader, read_ahead
 from lance_jax.pictures import Pictures
+from lance_jax.step import ValueAndGrad
+from lance_jax.timing import least_seconds
 
+MICRO_BATCHES = (4, 16)  # those that are tried beside the whole batch
 WARM_UP_STEPS = 3  # of each process, not timed: they compile
 
 ApplyFn = Callable[[Any, Any], Any]
@@ -47,6 +51,7 @@ class Fitted(NamedTuple):
     loss: float  # mean over the last epoch
     step_seconds: list[float]  # of every step after warming up
     calibration_seconds: float
+    micro_batch: int  # samples that went through the network at a time
 
 
 def loss_of(apply_fn: ApplyFn, has_aux: bool = False) -> Callable[[Any, jax.Array, jax.Array], Any]:
@@ -80,6 +85,7 @@ def fit(
     trainable: list[str] | None,
     calibrate: Callable[[], lance_jax.Factors] | None,
     directory: Path,
+    micro_batch: int,
     has_aux: bool = False,
 ) -> Fitted:
     """Trains `params` by SGD, going on from the newest checkpoint in `directory` if there is one.
@@ -87,8 +93,9 @@ def fit(
     With `has_aux`, apply_fn gives (logits, aux), and aux replaces its entries of `params` after
     each step: the statistics of batch norm.
     `calibrate` gives the factors to compress with, once at the start; None trains in plain JAX.
-    `trainable` is that of `lance_jax.value_and_grad`. FloatingPointError where a loss is not
-    finite; it names `field`, where the configuration has the learning rate.
+    `trainable` and `micro_batch` are those of `lance_jax.value_and_grad`; a micro_batch of 0 is
+    chosen at the start, by timing, and kept. FloatingPointError where a loss is not finite; it
+    names `field`, where the configuration has the learning rate.
     """
     size = len(examples.labels)
     loader = Loader(size, config.batch_size, config.seed)
@@ -101,17 +108,31 @@ def fit(
     optimizer = optax.chain(
         optax.clip_by_global_norm(config.clip), optax.sgd(schedule, momentum=config.momentum)
     )
+
+    def gradients(factors: lance_jax.Factors, micro_batch: int) -> ValueAndGrad:
+        compressed = apply_fn if calibrate is None else lance_jax.compress(apply_fn, factors)
+        loss = loss_of(for_device(compressed), has_aux)
+        return lance_jax.value_and_grad(
+            loss, trainable=trainable, has_aux=has_aux, micro_batch=micro_batch
+        )
+
     with Checkpoints(directory / "checkpoints") as checkpoints:
         initial = _initial_state(params, optimizer, trainable, config.seed)
         now = checkpoints.latest(initial)
         if now is None:
             now = _start(initial, calibrate)
+            chosen = micro_batch or _fastest(
+                functools.partial(gradients, now.factors),
+                params,
+                (examples.read(np.arange(config.batch_size)), examples.labels[: config.batch_size]),
+                directory.name,
+            )
+            now = now._replace(info={**now.info, "micro_batch": chosen})
             checkpoints.save(now)
         loader = Loader(size, config.batch_size, config.seed, tuple(now.info["position"]))
         batches = _batches(examples, loader, now.state["key"])
         log = metrics.Metrics(directory / "metrics.jsonl", now.step)
-        compressed = apply_fn if calibrate is None else lance_jax.compress(apply_fn, now.factors)
-        step_fn = _step_fn(for_device(compressed), optimizer, trainable, has_aux)
+        step_fn = _step_fn(gradients(now.factors, now.info["micro_batch"]), optimizer, has_aux)
         untimed = now.step + WARM_UP_STEPS
         with closing(batches), Progress(*metrics.COLUMNS) as progress:
             bar = progress.add_task(directory.name, total=total, completed=now.step)
@@ -146,6 +167,7 @@ def _fitted(now: Checkpoint, lines: list[dict[str, Any]], last: list[dict[str, A
         loss=sum(line["loss"] * line["steps"] for line in last) / steps,
         step_seconds=[seconds for line in lines for seconds in line["step_seconds"]],
         calibration_seconds=now.info["calibration_seconds"],
+        micro_batch=now.info["micro_batch"],
     )
 
 
@@ -177,6 +199,20 @@ def _start(state: Any, calibrate: Callable[[], lance_jax.Factors] | None) -> Che
     factors = jax.block_until_ready(calibrate() if calibrate else lance_jax.Factors())
     seconds = time.perf_counter() - start
     return Checkpoint(0, state, factors, {"position": (0, 0), "calibration_seconds": seconds})
+
+
+def _fastest(gradients: Callable[[int], ValueAndGrad], params: Any, batch: Any, name: str) -> int:
+    """The micro-batch with which a gradient of this batch takes the least time; says so."""
+    given = [jnp.asarray(array) for array in batch]
+    whole = len(given[0])
+    sizes = [size for size in MICRO_BATCHES if size < whole]
+    seconds = least_seconds(
+        {size: functools.partial(gradients(size), params, *given) for size in (*sizes, whole)}
+    )
+    best = min(seconds, key=lambda size: seconds[size])
+    times = ", ".join(f"{1e3 * seconds[size]:.1f} of {size}" for size in (*sizes, whole))
+    print(f"{name}: micro-batches of {best} (ms a gradient, in micro-batches: {times})")
+    return best
 
 
 def _batches(examples: Examples, loader: Loader, key: jax.Array) -> Generator[Batch, None, None]:
@@ -231,15 +267,9 @@ def _window(
 
 
 def _step_fn(
-    apply_fn: ApplyFn,
-    optimizer: optax.GradientTransformation,
-    trainable: list[str] | None,
-    has_aux: bool,
+    value_and_grad: ValueAndGrad, optimizer: optax.GradientTransformation, has_aux: bool
 ) -> StepFn:
     """step(state, batch) -> (state, loss, seconds), the seconds without fetching the batch."""
-    value_and_grad = lance_jax.value_and_grad(
-        loss_of(apply_fn, has_aux), trainable=trainable, has_aux=has_aux
-    )
 
     @jax.jit
     def update(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:

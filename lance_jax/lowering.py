@@ -10,10 +10,11 @@ from lance_jax import cpu_conv, cpu_pool, jaxprs
 def lower_for_cpu(apply_fn: Callable) -> Callable:
     """The same function, in a form that is many times faster on a CPU and equal to float rounding.
 
-    Depthwise convolutions become sums of shifted products, 1x1 convolutions matrix products, and a
-    max-pool keeps the place of each maximum (one byte) instead of its input. The layers keep their
-    paths, kinds and modes: `layers`, `calibrate`, `compress` and `lower_for_cpu` go together in any
-    order.
+    Depthwise convolutions become sums of shifted products, 1x1 convolutions matrix products. Of
+    other ungrouped convolutions the weight gradients become matrix products, one for each place of
+    the kernel. A max-pool keeps the place of each maximum (one byte) instead of its input. The
+    layers keep their paths, kinds and modes: `layers`, `calibrate`, `compress` and `lower_for_cpu`
+    go together in any order.
 
     Args:
       apply_fn: any JAX function of (params, *args, **kwargs).

@@ -85,10 +85,12 @@ def show_table(results: Sequence[dict[str, Any]]) -> None:
     split = config["eval_split"]
     table = Table(
         title=f"{config['dataset']}, batches of {config['batch_size']}",
-        caption="kept: bytes that live from the forward to the backward pass of a step",
+        caption="kept: bytes that live from the forward to the backward pass, of the samples that "
+        "go through the network at a time",
     )
     table.add_column("method")
-    for name in (f"{split} accuracy", "train loss", "kept", "of backprop", "ms a step"):
+    headers = ("train loss", "at a time", "kept", "of backprop", "ms a step")
+    for name in (f"{split} accuracy", *headers):
         table.add_column(name, justify="right")
     for result in results:
         kept, backprop = result["saved_bytes"]["total"], result["saved_bytes_backprop"]["total"]
@@ -97,6 +99,7 @@ def show_table(results: Sequence[dict[str, Any]]) -> None:
             result["method"],
             f"{result[f'{split}_accuracy']:.1%}",
             f"{result['loss']:.3f}",
+            str(result["micro_batch"]),
             f"{kept / 1e3:,.1f} kB",
             f"1/{backprop / kept:.1f}",
             "-" if median is None else f"{1e3 * median:.1f}",

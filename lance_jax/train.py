@@ -15,11 +15,12 @@ import numpy as np
 
 import lance_jax
 from lance_jax import data, metrics
-from lance_jax.config import Config, check, claim, names
+from lance_jax.config import Config, check, claim, names, needs_whole_batch
 from lance_jax.features import Features, features
 from lance_jax.folder import folder_pictures
 from lance_jax.loader import Loader, read_ahead
 from lance_jax.loop import ApplyFn, Examples, Fitted, fit, for_device, loss_of
+from lance_jax.memory import Report, SavedBytes
 from lance_jax.models import weights
 from lance_jax.models.digits import DigitsNet
 from lance_jax.models.network import Network, apply_fn, as_params, shapes
@@ -75,6 +76,7 @@ def run(
         "loss": fitted.loss,
         "saved_bytes": saved,
         "saved_bytes_backprop": saved_backprop,
+        "micro_batch": fitted.micro_batch,
         "step_seconds": metrics.spread(fitted.step_seconds),
         "calibration_seconds": fitted.calibration_seconds if method == "lance" else None,
         "ranks": {path: layer.ranks for path, layer in fitted.factors.items()},
@@ -104,8 +106,16 @@ def fit_method(config: Config, problem: Problem, method: str, directory: Path) -
         trainable=trainable_patterns(method, problem.layers),
         calibrate=calibrate.get(method, lance_jax.Factors),
         directory=directory,
+        micro_batch=micro_batch(config),
         has_aux=trains_statistics(config),
     )
+
+
+def micro_batch(config: Config) -> int:
+    """Samples that go through the network at a time; 0: to be chosen by timing."""
+    if needs_whole_batch(config) or jax.default_backend() != "cpu":
+        return config.micro_batch or config.batch_size
+    return config.micro_batch
 
 
 def trains_statistics(config: Config) -> bool:
@@ -265,6 +275,7 @@ def pretrain_digits(config: Config, workdir: str | Path) -> dict[str, Any]:
         trainable=None,
         calibrate=None,
         directory=Path(workdir) / "pretrain",
+        micro_batch=config.batch_size,
     ).params
 
 
@@ -310,26 +321,35 @@ def saved_bytes(
     """Bytes that a step keeps for its backward pass: the method's, and plain backprop's.
 
     Counted for the whole network, by shapes: with cached features the first trained layer's input
-    is an argument, which costs plain backprop nothing. Plain backprop's is the fair figure of
-    `lance_jax.report`, for all the trainable layers.
+    is an argument, which costs plain backprop nothing. In micro-batches the method keeps what one
+    of them needs, and the sum of the gradients. Plain backprop's is the fair figure of
+    `lance_jax.report`, for all the trainable layers and the whole batch.
     """
     train_fn, params, picture = problem.network
-    size = config.batch_size
-    batch = (
-        jax.ShapeDtypeStruct((size, *picture), jnp.float32),
-        jax.ShapeDtypeStruct((size,), problem.train.labels.dtype),
-    )
+    loss = loss_of(train_fn, trains_statistics(config))
 
-    def report(method: str) -> Any:
+    def report(method: str, size: int) -> Report:
+        batch = (
+            jax.ShapeDtypeStruct((size, *picture), jnp.float32),
+            jax.ShapeDtypeStruct((size,), problem.train.labels.dtype),
+        )
         patterns = trainable_patterns(method, problem.layers)
-        loss = loss_of(train_fn, trains_statistics(config))
         return lance_jax.report(loss, params, *batch, factors=fitted.factors, trainable=patterns)
 
-    def counts(saved: Any) -> dict[str, int]:
-        return {"layer_inputs": int(saved.layer_inputs), "total": int(saved.total)}
+    def counts(saved: SavedBytes, extra: int = 0) -> dict[str, int]:
+        return {"layer_inputs": int(saved.layer_inputs), "total": int(saved.total + extra)}
 
-    backprop = counts(report("backprop").saved_bytes_backprop)
-    return backprop if method == "backprop" else counts(report(method).saved_bytes), backprop
+    backprop = counts(report("backprop", config.batch_size).saved_bytes_backprop)
+    size, sums = fitted.micro_batch, 0
+    if size < config.batch_size:
+        patterns = trainable_patterns(method, problem.layers)
+        trained, _ = lance_jax.value_and_grad(loss, trainable=patterns).partition(params)
+        sums = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trained))
+    elif method == "backprop":
+        return backprop, backprop
+    found = report(method, size)
+    saved = found.saved_bytes_backprop if method == "backprop" else found.saved_bytes
+    return counts(saved, sums), backprop
 
 
 def accuracy(problem: Problem, params: Any, batch_size: int) -> float:

@@ -63,6 +63,12 @@ def test_one_working_directory_has_the_same_inputs(tmp_path, what):
         ({"energy": 1.5}, "config.energy is 1.5"),
         ({"batch_size": 0}, "config.batch_size is 0; it must be at least 1"),
         ({"epochs": 0}, "config.epochs is 0"),
+        ({"micro_batch": -1}, "config.micro_batch is -1; it must be at least 0"),
+        ({"micro_batch": 129}, "micro_batch is 129; it must be at most config.batch_size, 128"),
+        (
+            {"modes": "batch", "micro_batch": 8},
+            "config.micro_batch is 8, but .* the batch mode .* need the whole batch, 128",
+        ),
         ({"classes": "5,six"}, "unknown class 'six' in data set 'digits'"),
         ({"trainable_layers": 11}, "trainable_layers is 11: .* than the 10 that"),
         ({"learning_rate": {"head": -0.1}}, "config.learning_rate.head is -0.1; it must be pos"),

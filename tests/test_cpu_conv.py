@@ -44,8 +44,25 @@ CASES = {
     # few inputs
     "stem": Conv((2, 9, 8, 3), (3, 3, 3, 8), strides=(2, 2), padding=((1, 1), (1, 1))),
     "stem, NCHW": Conv((2, 3, 9, 8), (8, 3, 3, 3), NCHW, strides=(2, 2), padding="SAME"),
+    "narrow": Conv((2, 5, 6, 2), (2, 2, 2, 4), padding="SAME"),
     "grey stem": Conv((2, 8, 8, 1), (5, 5, 1, 6), dilation=(1, 2), padding="SAME"),
     "1x1, padded": Conv((2, 5, 6, 4), (1, 1, 4, 7), padding=((1, 0), (0, 2))),
+    # dense
+    "dense 3x3": Conv((2, 6, 7, 8), (3, 3, 8, 5), padding="SAME"),
+    "dense, stride 2": Conv((2, 9, 8, 6), (3, 3, 6, 5), strides=(2, 2), padding=((1, 1), (1, 1))),
+    "dense, uneven": Conv((2, 9, 7, 9), (3, 2, 9, 4), strides=(1, 3), padding=((0, 2), (1, 0))),
+    "dense, dilated": Conv((2, 11, 9, 9), (3, 2, 9, 4), dilation=(2, 3), padding="SAME"),
+    "dense, input dilated": Conv(
+        (2, 5, 6, 9), (3, 3, 9, 4), strides=(2, 1), padding=((1, 1), (2, 0)), x_dilation=(2, 3)
+    ),
+    "dense, cropped": Conv((2, 9, 8, 9), (3, 3, 9, 4), padding=((-1, 2), (0, -2))),
+    "dense, much padding": Conv((2, 3, 3, 9), (3, 3, 9, 4), padding=((4, 3), (3, 4))),
+    "dense, NCHW": Conv((2, 9, 9, 8), (4, 9, 3, 3), NCHW, strides=(2, 1), padding="SAME"),
+    "dense, mixed layouts": Conv((9, 8, 2, 9), (9, 4, 3, 2), MIXED, strides=(2, 1)),
+    "dense, three axes": Conv(
+        (2, 4, 5, 6, 9), (2, 3, 1, 9, 3), ("NDHWC", "DHWIO", "NDHWC"), (1, 2, 1), "SAME", (1, 1, 1)
+    ),
+    "7x7 stem": Conv((2, 9, 9, 3), (7, 7, 3, 4), strides=(2, 2), padding=((3, 3), (3, 3))),
 }  # fmt: skip
 
 
@@ -72,7 +89,7 @@ def operands(conv, dtype="float32"):
     return jnp.asarray(w, dtype), jnp.asarray(x, dtype)
 
 
-SOME = ("stride 2", "multiplier", "1x1, stride 2", "stem")
+SOME = ("stride 2", "multiplier", "1x1, stride 2", "narrow", "dense, stride 2")
 IN_DTYPES = [(name, "float32") for name in CASES]
 IN_DTYPES += [(name, dtype) for name in SOME for dtype in ("bfloat16", "float64")]
 
@@ -100,7 +117,7 @@ def test_forward_and_both_gradients(name, dtype):
 
 
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (1, 2)], ids=str)
-@pytest.mark.parametrize("name", ["stride 2", "1x1, stride 2", "stem", "multiplier"])
+@pytest.mark.parametrize("name", SOME)
 def test_vmap(name, axes):
     conv = CASES[name]
     w, x = operands(conv)
@@ -115,7 +132,7 @@ def test_vmap(name, axes):
         assert_close(a, b)
 
 
-@pytest.mark.parametrize("name", ["5x5, MCU padding", "1x1", "stem"])
+@pytest.mark.parametrize("name", ["stride 2", "1x1", "dense, stride 2"])
 def test_forward_mode_and_second_derivatives(name):
     conv = CASES[name]
     w, x = operands(conv)
@@ -134,9 +151,9 @@ def test_forward_mode_and_second_derivatives(name):
 
 
 OTHERS = {
-    "dense 3x3": Conv((2, 6, 6, 8), (3, 3, 8, 8)),
     "grouped": Conv((2, 6, 6, 8), (3, 3, 4, 8), groups=2),
-    "7x7 stem": Conv((2, 9, 9, 3), (7, 7, 3, 4)),
+    "8x8 patches": Conv((2, 16, 16, 3), (8, 8, 3, 4), strides=(8, 8)),
+    "without an output": Conv((2, 2, 2, 4), (3, 3, 1, 4), groups=4),
 }
 
 

@@ -50,7 +50,10 @@ def calibrate():
     return lance_jax.calibrate(apply_fn, initial(), batches, select="body", core_dtype="int8")
 
 
-def fit(directory, data=None, calibrate=calibrate, trainable=None, rate=0.1, epochs=3, **settings):
+def fit(
+    directory, data=None, calibrate=calibrate, trainable=None, rate=0.1, epochs=3, micro_batch=4,
+    **settings,
+):  # fmt: skip
     config = ml_collections.ConfigDict({**SETTINGS, **settings})
     return loop.fit(
         apply_fn,
@@ -63,6 +66,7 @@ def fit(directory, data=None, calibrate=calibrate, trainable=None, rate=0.1, epo
         trainable=trainable,
         calibrate=calibrate,
         directory=directory,
+        micro_batch=micro_batch,
     )
 
 
@@ -137,6 +141,31 @@ def test_views_are_drawn_at_random(tmp_path):
     runs = [fit(tmp_path / str(i), data).params for i, data in enumerate((first, second))]
     kernels = [run["body"]["kernel"] for run in (plain, *runs)]
     assert all(np.any(a != b) for a, b in zip(kernels, [*kernels[1:], kernels[0]], strict=True))
+
+
+def test_micro_batches_change_the_rounding_alone(tmp_path):
+    whole = fit(tmp_path / "whole", calibrate=None).params
+    found = fit(tmp_path / "micro", calibrate=None, micro_batch=3)
+    assert found.micro_batch == 3
+    for a, b in zip(*map(jax.tree.leaves, (found.params, whole)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_chosen_micro_batch_is_said_and_kept(tmp_path, monkeypatch, capsys):
+    timed = []
+
+    def least_seconds(calls):
+        timed.append({size: jax.block_until_ready(call()) for size, call in calls.items()})
+        return {size: 1.0 if size == 4 else 2.0 for size in calls}
+
+    monkeypatch.setattr(loop, "least_seconds", least_seconds)
+    found = fit(tmp_path, batch_size=11, micro_batch=0, epochs=1)
+    assert found.micro_batch == 4 and "micro-batches of 4 (" in capsys.readouterr().out
+    (losses,) = ([value for value, _ in calls.values()] for calls in timed)
+    assert list(timed[0]) == [4, 11]  # no 16, which is more than the batch
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
+    monkeypatch.setattr(loop, "least_seconds", None)
+    assert fit(tmp_path, batch_size=11, micro_batch=0, epochs=1).micro_batch == 4
 
 
 def files():

@@ -59,6 +59,7 @@ SMALL = [
     "--config.log_every=4",
     "--config.checkpoint_every=1",
     "--config.calibration_batches=2",
+    "--config.micro_batch=128",
 ]
 
 

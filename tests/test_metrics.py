@@ -71,12 +71,13 @@ def test_table(capsys, split):
         "method": "lance",
         f"{split}_accuracy": 0.9876,
         "loss": 0.0123,
+        "micro_batch": 16,
         "saved_bytes": {"layer_inputs": 10, "total": 2500},
         "saved_bytes_backprop": {"layer_inputs": 100, "total": 50000},
         "step_seconds": {"median": 0.0256, "min": 0.02, "max": 0.03},
     }
     metrics.show_table([result, {**result, "step_seconds": metrics.spread([])}])
     text = capsys.readouterr().out
-    for cell in ("digits", "lance", "98.8%", "0.012", "2.5 kB", "1/20.0", "25.6"):
+    for cell in ("digits", "lance", "98.8%", "0.012", "16", "2.5 kB", "1/20.0", "25.6"):
         assert cell in text
     assert split in text

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 from samples import encoded
 from settings import settings
@@ -21,6 +22,7 @@ KEYS = {
     "method",
     "test_accuracy",
     "loss",
+    "micro_batch",
     "saved_bytes",
     "saved_bytes_backprop",
     "step_seconds",
@@ -121,6 +123,19 @@ def test_bytes_are_ordered_and_those_that_a_step_really_keeps(results, small):
         _, saved = step.forward(params, *batch)
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(saved))
         assert held == pytest.approx(total[method], rel=0.01), method
+
+
+def test_bytes_of_micro_batches(results, small):
+    """A quarter of what plain backprop keeps, and the sum of the gradients."""
+    config, workdir, problem = small
+    fitted = train.fit_method(config, problem, "backprop", workdir / "backprop")
+    quarter = fitted._replace(micro_batch=config.batch_size // 4)
+    saved, plain = train.saved_bytes(config, "backprop", problem, quarter)
+    names = ["head/kernel", "head/bias"]
+    names += [f"{layer}/{leaf}" for layer in problem.layers for leaf in ("kernel", "bias")]
+    gradients = sum(flatten_dict(problem.params, sep="/")[name].nbytes for name in names)
+    assert saved["total"] - gradients == pytest.approx(plain["total"] / 4, rel=0.001)
+    assert saved["layer_inputs"] == plain["layer_inputs"] / 4
 
 
 @pytest.mark.parametrize(
