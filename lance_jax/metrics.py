@@ -91,7 +91,7 @@ def show_table(results: Sequence[dict[str, Any]]) -> None:
     table.add_column("method")
     headers = ("train loss", "at a time", "kept", "of backprop", "ms a step")
     for name in (f"{split} accuracy", *headers):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", min_width=max(map(len, name.split())))
     for result in results:
         kept, backprop = result["saved_bytes"]["total"], result["saved_bytes_backprop"]["total"]
         median = result["step_seconds"]["median"]

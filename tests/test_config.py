@@ -64,10 +64,10 @@ def test_one_working_directory_has_the_same_inputs(tmp_path, what):
         ({"batch_size": 0}, "config.batch_size is 0; it must be at least 1"),
         ({"epochs": 0}, "config.epochs is 0"),
         ({"micro_batch": -1}, "config.micro_batch is -1; it must be at least 0"),
-        ({"micro_batch": 129}, "micro_batch is 129; it must be at most config.batch_size, 128"),
+        ({"micro_batch": 65}, "micro_batch is 65; it must be at most config.batch_size, 64"),
         (
             {"modes": "batch", "micro_batch": 8},
-            "config.micro_batch is 8, but .* the batch mode .* need the whole batch, 128",
+            "config.micro_batch is 8, but .* the batch mode .* need the whole batch, 64",
         ),
         ({"classes": "5,six"}, "unknown class 'six' in data set 'digits'"),
         ({"trainable_layers": 11}, "trainable_layers is 11: .* than the 10 that"),
