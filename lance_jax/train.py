@@ -23,7 +23,7 @@ from lance_jax.loop import ApplyFn, Examples, Fitted, fit, for_device, loss_of
 from lance_jax.memory import Report, SavedBytes
 from lance_jax.models import weights
 from lance_jax.models.digits import DigitsNet
-from lance_jax.models.network import Network, apply_fn, as_params, shapes
+from lance_jax.models.network import Network, apply_fn, as_params, as_variables, shapes
 from lance_jax.pictures import Pictures
 
 PREFIX_BATCH = 32  # pictures at a time through the frozen prefix
@@ -35,7 +35,8 @@ class Problem(NamedTuple):
     The inputs are the frozen prefix's features, or the pictures where nothing is frozen. `train_fn`
     is what is trained: `apply_fn`, or with trained batch statistics a function to (logits,
     {"batch_stats": the new ones}); `params` holds them too. `network` is that of the whole network,
-    from pictures on, with the shapes of its parameters and of one picture.
+    from pictures on, with the shapes of its parameters and of one picture. `whole` is that network
+    itself, `loaded` its variables before training, with whatever head they came with.
     """
 
     apply_fn: ApplyFn
@@ -45,6 +46,9 @@ class Problem(NamedTuple):
     train: Examples
     evaluation: Examples
     network: tuple[ApplyFn, Any, tuple[int, ...]]
+    whole: Network
+    loaded: Any
+    classes: tuple[str, ...]
 
 
 def compare(config: Config, workdir: str | Path) -> list[dict[str, Any]]:
@@ -61,6 +65,7 @@ def run(
 ) -> dict[str, Any]:
     """Trains and evaluates one method; writes and returns WORKDIR/METHOD/result.json.
 
+    Beside it, and written before it, lies the whole trained network, model.safetensors.
     A run that was stopped goes on from its last checkpoint, with the numbers of one that was not.
     `problem` is what `prepare` gives, where several methods share it.
     """
@@ -84,6 +89,7 @@ def run(
         "device": device(),
         "seed": config.seed,
     }
+    save_model(directory / weights.FILE, problem, fitted.params)
     metrics.write_atomically(directory / "result.json", json.dumps(result, indent=2) + "\n")
     return result
 
@@ -134,6 +140,11 @@ def prepare(config: Config, workdir: str | Path) -> Problem:
         network, variables, cache_dir = DigitsNet(), {}, ""
     else:
         network, variables = weights.load(config.weights, config.model, config.resolution)
+        if network.picture[-1] != 3:
+            raise ValueError(
+                f"weights {config.weights!r} are those of a {type(network).__name__}, which takes "
+                "no coloured pictures"
+            )
         cache_dir = config.cache_dir
     if trains_statistics(config) and "batch_stats" not in variables:
         raise ValueError(
@@ -173,6 +184,9 @@ def prepare(config: Config, workdir: str | Path) -> Problem:
         train=train,
         evaluation=evaluation,
         network=(apply_fn(whole.clone(**trained)), as_params(shapes(whole)), whole.picture),
+        whole=whole,
+        loaded=variables,
+        classes=pictures["train"].classes,
     )
 
 
@@ -365,6 +379,16 @@ def accuracy(problem: Problem, params: Any, batch_size: int) -> float:
         predicted = np.asarray(predict(params, jnp.asarray(batch)))
         right += int((predicted == labels[indices])[: n - start].sum())
     return right / n
+
+
+def save_model(path: Path, problem: Problem, params: Any) -> None:
+    """Writes the whole network, of what is frozen and of the trained `params`, for `weights.load`.
+
+    With the names of its classes, which `lance_jax.predict` needs.
+    """
+    trained = as_variables(params)
+    variables = {kind: {**of, **trained.get(kind, {})} for kind, of in problem.loaded.items()}
+    weights.save(path, problem.whole, variables, problem.classes)
 
 
 def versions() -> dict[str, str]:

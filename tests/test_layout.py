@@ -47,6 +47,7 @@ ORDER = [
     "loop",
     "train",
     "main",
+    "predict",
     "prepare",
 ]
 LIBRARIES = {"jax", "jaxlib", "flax", "optax", "numpy", "haiku", "equinox", "keras"}

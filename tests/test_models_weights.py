@@ -19,7 +19,6 @@ from tests.real_data import WEIGHTS, needs_real_data
 from tests.test_models_mcunet import ARCHITECTURE, folded, with_norm
 from tests.test_models_network import NETWORKS, drawn
 
-SAVED = [name for name in NETWORKS if name != "digits"]
 RESNET = {"kind": "resnet", "resolution": 32, "stages": [1, 1], "width": 2}
 
 
@@ -40,7 +39,7 @@ def assert_equal(got, want):
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, got, want)))
 
 
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_what_is_saved_loads_again(tmp_path, name):
     network, variables = NETWORKS[name], drawn(NETWORKS[name])
     path = tmp_path / "file.safetensors"
@@ -231,3 +230,19 @@ def test_the_metadata_are_plain_json(tmp_path):
     assert architecture["kind"] == "mcunet" and architecture["resolution"] == 18
     assert architecture["stem"] == {"kernel": 3, "stride": 2, "out_channels": 4}
     assert architecture["blocks"][1]["hidden_channels"] == 16
+    assert weights.classes(path) == ()
+
+
+def test_the_names_of_the_classes(tmp_path):
+    path = tmp_path / "file.safetensors"
+    weights.save(path, resnet(), drawn(resnet()), ["cat", "dog, wet", "Löwe"])
+    assert weights.classes(path) == ("cat", "dog, wet", "Löwe")
+    assert_equal(weights.load(path)[1], drawn(resnet()))
+
+
+@pytest.mark.parametrize("classes", ["cat,dog", "3"])
+def test_names_of_classes_that_are_none(tmp_path, tensors, classes):
+    path = tmp_path / "bad.safetensors"
+    save_file(tensors, path, {"architecture": json.dumps(RESNET), "classes": classes})
+    with pytest.raises(ValueError, match="bad.safetensors' has no list of names"):
+        weights.classes(path)

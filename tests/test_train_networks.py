@@ -83,6 +83,9 @@ def test_trained_statistics(prepare):
     logits = problem.apply_fn(fitted.params, jnp.asarray(problem.evaluation.read(range(32))))
     right = np.mean(np.argmax(logits, -1) == problem.evaluation.labels)
     assert result["test_accuracy"] == right == 1
+    net, variables = weights.load(workdir / "lance" / weights.FILE)
+    pictures = data.tfds_pictures("", "", "test", 8, ()).read(range(32))
+    np.testing.assert_allclose(net.apply(variables, pictures), logits, rtol=1e-4, atol=1e-5)
     stale = {**fitted.params, "batch_stats": problem.params["batch_stats"]}
     other = problem.apply_fn(stale, jnp.asarray(problem.evaluation.read(range(32))))
     assert not np.allclose(logits, other)

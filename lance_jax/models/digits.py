@@ -7,6 +7,7 @@ import jax
 from lance_jax.models.network import Network
 
 BLOCKS = ((32, 1), (64, 2), (64, 1), (64, 1))  # (channels, stride)
+BLOCK_LAYERS = ("conv1", "conv2", "shortcut")
 
 
 class ResidualBlock(nn.Module):
@@ -43,3 +44,10 @@ class DigitsNet(Network, kw_only=True):
         if self.classes is not None:
             x = nn.Dense(self.classes, name="head")(einops.reduce(x, "n h w c -> n c", "mean"))
         return x
+
+    @nn.nowrap
+    def names(self) -> dict[str, str]:
+        """There are no published weights: dots as in torch."""
+        layers = [f"blocks_{i}/{name}" for i in range(len(BLOCKS)) for name in BLOCK_LAYERS]
+        dotted = {layer.replace("_", ".").replace("/", "."): layer for layer in layers}
+        return {"stem": "stem", "head": "head", **dotted}

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialize
 
 from lance_jax.models import mcunet, network
 from lance_jax.models.alexnet import AlexNet
 from lance_jax.models.deit import DeiT
+from lance_jax.models.digits import DigitsNet
 from lance_jax.models.mcunet import MCUNet
 from lance_jax.models.mobilenet import MobileNetV2
 from lance_jax.models.network import Network
@@ -37,8 +38,9 @@ KINDS: dict[str, type[Network]] = {
     "mobilenetv2": MobileNetV2,
     "deit": DeiT,
     "alexnet": AlexNet,
+    "digits": DigitsNet,
 }
-FILE = "model.safetensors"  # of a repository on the hub
+FILE = "model.safetensors"  # of a repository on the hub, and of a finished run
 _FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".pkl")
 _PICKLES = (b"PK\x03\x04", b"\x80")  # torch.save's zip, and a pickle itself
 _LEAVES = {
@@ -78,10 +80,11 @@ def load(weights: str | Path, model: str = "", resolution: int = 0) -> tuple[Net
     return found, _variables(found, tensors, path)
 
 
-def save(path: str | Path, model: Network, variables: Any) -> None:
+def save(path: str | Path, model: Network, variables: Any, classes: Sequence[str] = ()) -> None:
     """Writes float32 safetensors under the names of the published weights, for `load`.
 
-    `model` is a whole network, from start to end; what it is goes into the metadata.
+    `model` is a whole network, from start to end; what it is goes into the metadata, and so do the
+    names of its classes where they are given. OSError where the file cannot be written.
     """
     flat = flatten_dict(jax.device_get(variables), sep="/")
     tensors = {
@@ -90,8 +93,23 @@ def save(path: str | Path, model: Network, variables: Any) -> None:
     }
     path = Path(path)
     unfinished = path.with_name(f"{path.name}.tmp")
-    save_file(tensors, unfinished, {"architecture": json.dumps(describe(model))})
+    metadata = {"architecture": json.dumps(describe(model))}
+    if classes:
+        metadata["classes"] = json.dumps(list(classes))
+    unfinished.write_bytes(serialize(tensors, metadata))
     os.replace(unfinished, path)
+
+
+def classes(path: str | Path) -> tuple[str, ...]:
+    """The names of the classes that a file was saved with; () where it has none."""
+    with safe_open(path, framework="numpy") as file:
+        text = (file.metadata() or {}).get("classes", "[]")
+    try:
+        return tuple(map(str, json.loads(text)))
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"weights file {str(path)!r} has no list of names as its metadata's `classes`"
+        ) from None
 
 
 def keys(model: Network) -> dict[str, str]:
