@@ -32,8 +32,11 @@ CLASSES = ("5", "6", "7", "8", "9")
 
 # --- Each kind of network
 
-# MobileNetV2 cut short: 3 of its blocks
-STAGES, BLOCKS = mobilenet.mobilenet.STAGES[:2], dict([*mobilenet.BLOCKS.items()][:3])
+# MobileNetV2 cut short: 2 of its blocks
+STAGES, BLOCKS = (
+    (mobilenet.mobilenet.STAGES[0], (6, 24, 1, 2)),
+    dict([*mobilenet.BLOCKS.items()][:2]),
+)
 # the forward pass in float64 that draws, or uses, a state dict; and what the file says
 FAMILIES = {
     "resnet": (
@@ -105,9 +108,7 @@ def test_a_saved_model_can_be_fine_tuned(tmp_path, monkeypatch):
 
 
 def test_a_network_for_grey_pictures_is_not_fine_tuned_on_coloured_ones(run, tmp_path):
-    config = settings(
-        "pets", weights=str(run / "backprop" / weights.FILE), resolution=0, cache_dir=""
-    )
+    config = settings("pets", weights=str(run / "head" / weights.FILE), resolution=0, cache_dir="")
     with pytest.raises(ValueError, match="of a DigitsNet, which takes no coloured pictures"):
         train.prepare(config, tmp_path / "run")
 
@@ -120,7 +121,8 @@ def pretrained_digits(config, workdir):
     rng = np.random.default_rng(0)
 
     def draw(shape):
-        return rng.normal(0, np.prod(shape[:-1]) ** -0.5, shape).astype(np.float32)
+        deviation = np.sqrt(1 / np.prod(shape[:-1])) if len(shape) > 1 else 0  # of a bias
+        return rng.normal(0, deviation, shape).astype(np.float32)
 
     return jax.tree.map(lambda leaf: draw(leaf.shape), shapes(DigitsNet(classes=5))["params"])
 
@@ -129,11 +131,11 @@ def pretrained_digits(config, workdir):
 def trained(tmp_path_factory):
     """(config, workdir, problem, result) of a finished run of one method."""
     workdir = tmp_path_factory.mktemp("digits")
-    config = settings(method="backprop", epochs=6, learning_rate={"backprop": 0.1})
+    config = settings(method="head", epochs=8, learning_rate={"head": 0.4})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "pretrain_digits", pretrained_digits)
         problem = train.prepare(config, workdir)
-    return config, workdir, problem, train.run(config, workdir, "backprop", problem)
+    return config, workdir, problem, train.run(config, workdir, "head", problem)
 
 
 @pytest.fixture
@@ -195,12 +197,12 @@ def test_json_has_the_probabilities_of_the_exported_network(
     file = tmp_path / "file.safetensors"
     options = ["--json", "--export", file, "--workdir", run]
     code, lines, err = call(capsys, paths[0], *options, *paths[1:])
-    assert code == 0 and err == f"model: {run / 'backprop' / weights.FILE}\n"
+    assert code == 0 and err == f"model: {run / 'head' / weights.FILE}\n"
     found = [json.loads(line) for line in lines]
     assert [line["file"] for line in found] == [*map(str, paths)]
-    logits = digits_reference(load_file(file), pixels)
+    logits = digits_reference(load_file(file), pixels[:40])  # of two batches
     expected = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    for line, row in zip(found, expected, strict=True):
+    for line, row in zip(found[:40], expected, strict=True):
         assert tuple(line["probabilities"]) == CLASSES
         assert_close([*line["probabilities"].values()], row, scale=1)
         assert line["class"] == CLASSES[np.argmax(row)]
@@ -211,21 +213,13 @@ def test_json_has_the_probabilities_of_the_exported_network(
     assert {line["class"] for line in found} == {*CLASSES}
 
 
-def test_the_command(run, digits):
-    command = [sys.executable, "-m", "lance_jax.predict", "--workdir", str(run), str(digits[0][0])]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith(f"{digits[0][0]}  ") and process.stdout.count("\n") == 1
-    assert process.stderr == f"model: {run / 'backprop' / weights.FILE}\n"
-
-
 def test_unreadable_pictures_are_named_and_the_others_predicted(
     run, digits, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(predict, "BATCH", 2)
     (tmp_path / "empty.png").write_bytes(b"")
     good, missing = digits[0][:3], tmp_path / "missing.png"
-    options = ["--workdir", run / "backprop", "--json"]
+    options = ["--workdir", run / "head", "--json"]
     _, alone, _ = call(capsys, *options, *good)
     images = [missing, good[0], good[1], tmp_path / "empty.png", tmp_path, good[2]]
     code, lines, err = call(capsys, *options, *images)
@@ -249,7 +243,7 @@ def test_pictures_of_other_kinds_are_the_same_digit(run, digits, tmp_path, capsy
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise by a quarter
     grey.transpose(Image.Transpose.ROTATE_90).save(paths[2], exif=exif)
-    code, lines, _ = call(capsys, "--workdir", run / "backprop", "--json", digits[0][0], *paths)
+    code, lines, _ = call(capsys, "--workdir", run / "head", "--json", digits[0][0], *paths)
     assert code == 0
     rows = [[*json.loads(line)["probabilities"].values()] for line in lines]
     for row in rows[1:]:
@@ -260,9 +254,7 @@ def copied(run, workdir, **accuracies):
     """A working directory of methods with these accuracies and one model."""
     for method, accuracy in accuracies.items():
         (workdir / method).mkdir(parents=True)
-        (workdir / method / weights.FILE).write_bytes(
-            (run / "backprop" / weights.FILE).read_bytes()
-        )
+        (workdir / method / weights.FILE).write_bytes((run / "head" / weights.FILE).read_bytes())
         result = {"config": {"eval_split": "validation"}, "validation_accuracy": accuracy}
         (workdir / method / "result.json").write_text(json.dumps(result))
     return workdir
@@ -354,12 +346,15 @@ def test_mistakes_are_one_line_before_any_picture_is_read(run, kind, tmp_path, c
     assert sorted(workdir.rglob("*")) == before, "nothing half-written is left"
 
 
-def test_exports_alone_and_over_a_file(run, tmp_path, capsys):
+def test_the_command_exports_alone_and_over_a_file(run, tmp_path):
     file = tmp_path / "file.safetensors"
     file.write_text("older")
-    code, lines, _ = call(capsys, "--workdir", run, "--export", file)
-    assert code == 0 and not lines
-    assert file.read_bytes() == (run / "backprop" / weights.FILE).read_bytes()
+    arguments = ["--workdir", str(run), "--export", str(file)]
+    command = [sys.executable, "-m", "lance_jax.predict", *arguments]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0 and not process.stdout
+    assert process.stderr == f"model: {run / 'head' / weights.FILE}\n"
+    assert file.read_bytes() == (run / "head" / weights.FILE).read_bytes()
     assert [*tmp_path.iterdir()] == [file]
 
 
@@ -371,10 +366,10 @@ def test_neither_pictures_nor_an_export(run, capsys):
 def test_a_finished_run_without_its_model_writes_it(trained):
     """One that was killed at its end, or is of before there were models."""
     config, run, problem, _ = trained
-    file, log = run / "backprop" / weights.FILE, run / "backprop" / "metrics.jsonl"
+    file, log = run / "head" / weights.FILE, run / "head" / "metrics.jsonl"
     before, lines = load_file(file), log.read_text()
     file.unlink()
-    train.run(config, run, "backprop", problem)
+    train.run(config, run, "head", problem)
     again = load_file(file)
     assert again.keys() == before.keys()
     assert all(np.array_equal(again[name], before[name]) for name in before)
