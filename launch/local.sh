@@ -4,8 +4,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-if [[ ! -d .venv ]]; then
+if [[ ! -e .venv/installed ]]; then  # not the folder: an installation may have been broken off
   "${PYTHON:-python3}" -m venv .venv
   .venv/bin/pip install --quiet -e .
+  touch .venv/installed
 fi
 exec .venv/bin/python -m lance_jax.main "$@"

@@ -194,12 +194,14 @@ def test_a_missing_file(name):
 
 
 def cached(root, repository, tensors):
-    """A repository as huggingface_hub keeps it."""
+    """A repository as huggingface_hub keeps it; the path of its file."""
     place = root / f"models--{repository.replace('/', '--')}"
     (place / "refs").mkdir(parents=True)
     (place / "refs" / "main").write_text("0123abc")
     (place / "snapshots" / "0123abc").mkdir(parents=True)
-    save_file(tensors, place / "snapshots" / "0123abc" / "model.safetensors")
+    file = place / "snapshots" / "0123abc" / "model.safetensors"
+    save_file(tensors, file)
+    return file
 
 
 def test_the_hub_is_read_from_its_cache(tmp_path, monkeypatch, tensors):
