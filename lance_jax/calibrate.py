@@ -81,7 +81,7 @@ def calibrate(
         is welcome.
       select: which layers: None (all), a regular expression or several over paths (`re.search`),
         `last(n)`, or a function of a `Layer`.
-      energy: the share of the trace that each mode keeps, in (0, 1].
+      energy: the share of the trace that each mode keeps, in (0, 1]; 0.9 where none is given.
       modes: None (all but batch and patch), "paper" (all axes, at energy 0.7), or mode names, each
         applied where a layer has it; () keeps the whole input of the selected layers in
         `core_dtype`.

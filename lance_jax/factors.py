@@ -18,7 +18,12 @@ Array = Any  # jax.Array, numpy.ndarray, or the shape of one
 
 
 class Skipped(NamedTuple):
-    """What looks like a layer but is not compressed, and why."""
+    """What looks like a layer but is not compressed, and why.
+
+    Attributes:
+      path: the parameter's key path, joined by `/`.
+      reason: a sentence's end, as in "skipped PATH: REASON".
+    """
 
     path: str
     reason: str

@@ -18,9 +18,10 @@ from lance_jax.transform import Use, check, find, keep, rewrite
 class SavedBytes:
     """Bytes kept from the forward to the backward pass.
 
-    layer_inputs: of the trained layers' inputs or cores, layer by layer (the paper's count);
-    total: of all that lives between the phases, each array once; parameters, arguments and
-    factors excluded.
+    Attributes:
+      layer_inputs: of the trained layers' inputs or cores, layer by layer (the paper's count).
+      total: of all that lives between the phases, each array once; parameters, arguments and
+        factors excluded.
     """
 
     layer_inputs: int
@@ -29,7 +30,20 @@ class SavedBytes:
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """One trained layer: what it keeps (bytes), beside plain backprop, and its MACs."""
+    """One trained layer: what it keeps, beside plain backprop, and its multiply-accumulates.
+
+    Attributes:
+      path: the parameter's key path, joined by `/`.
+      kind: "conv" or "dense".
+      ranks: mode name -> rank; empty where no basis is used.
+      core_dtype: how the core is stored; None: as the input.
+      bytes: kept of the layer's input, all uses and scan steps together.
+      bytes_backprop: the same of plain backprop.
+      macs_forward: of the forward product, and of the projection to the core.
+      macs_dx: of the input's gradient.
+      macs_dw: of the weight's gradient.
+      macs_dw_backprop: the same of plain backprop.
+    """
 
     path: str
     kind: str
@@ -45,7 +59,14 @@ class LayerReport:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """See `report`; printing it gives a table."""
+    """What `report` counts; printing it gives a table.
+
+    Attributes:
+      saved_bytes: what a step keeps once compressed.
+      saved_bytes_backprop: what a step of plain backprop keeps.
+      factor_bytes: of all bases and means, which are kept as long as the training runs.
+      layers: one entry for each trained layer, in order of use.
+    """
 
     saved_bytes: SavedBytes
     saved_bytes_backprop: SavedBytes

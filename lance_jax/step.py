@@ -68,7 +68,7 @@ def value_and_grad(
 
 
 class ValueAndGrad:
-    """See `value_and_grad`."""
+    """What `value_and_grad` returns: called like `loss_fn`, it gives (value, grads)."""
 
     def __init__(
         self, loss_fn: Callable, trainable: Trainable, has_aux: bool, micro_batch: int | None
@@ -84,7 +84,7 @@ class ValueAndGrad:
         return value, self.backward(saved, params, *args, **kwargs)
 
     def forward(self, params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """(value, saved)."""
+        """(value, saved): the first phase, and the arrays that it keeps for the second."""
         phases, arrays = self._traced(params, args, kwargs)
         (value, aux), saved = phases.forward(arrays)
         return ((value, aux) if self._has_aux else value), saved
@@ -103,7 +103,7 @@ class ValueAndGrad:
         return trainable, _fill(params, [None if use else leaf for leaf, use in pairs])
 
     def merge(self, trainable: Any, frozen: Any) -> Any:
-        """The parameters again."""
+        """The parameters again, from both parts."""
 
         def pick(a, b):
             return b if a is None else a

@@ -33,7 +33,8 @@ class Layer:
     Attributes:
       path: the parameter's key path, joined by `/`.
       kind: "conv" or "dense".
-      input_shape, weight_shape: as the product sees them, a scanned layer's without its scan axis.
+      input_shape: as the product sees it, a scanned layer's without its scan axis.
+      weight_shape: likewise.
       modes: mode name -> its size; of a weight used several times, the modes that all uses share.
       macs: multiply-accumulates of the forward product, all uses and scan steps together.
       uses: how often one call applies the weight.
