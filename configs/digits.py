@@ -15,6 +15,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.classes = "5,6,7,8,9"
     config.epochs = 20
     config.batch_size = 64
+    config.micro_batch = 64  # nothing to choose: the same numbers in every run
     config.learning_rate = ml_collections.ConfigDict(
         {"head": 0.4, "bias": 0.2, "backprop": 0.05, "lance": 0.05}
     )

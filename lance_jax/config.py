@@ -51,8 +51,8 @@ def base() -> ml_collections.ConfigDict:
     # a validation split, or say that theirs were not.
     config.epochs = 15
     config.batch_size = 128
-    # Samples that go through the network at a time; 0: on a CPU the fastest of a few, by timing,
-    # which may differ from run to run, elsewhere the whole batch.
+    # Samples that go through the network at a time, at most the batch; 0: on a CPU the fastest of a
+    # few, by timing, which may differ from run to run, elsewhere the whole batch.
     config.micro_batch = 0
     config.learning_rate = ml_collections.ConfigDict(
         {"head": 0.05, "bias": 0.05, "backprop": 0.05, "lance": 0.05}
@@ -195,12 +195,8 @@ def _check_modes(config: Config) -> None:
 
 
 def _check_micro_batch(config: Config) -> None:
-    """The micro-batches divide the batch, and nothing needs the whole of it."""
+    """Nothing needs the whole batch where micro-batches divide it."""
     size, whole = config.micro_batch, config.batch_size
-    if size > whole:
-        raise ValueError(
-            f"config.micro_batch is {size}; it must be at most config.batch_size, {whole}"
-        )
     if 0 < size < whole and needs_whole_batch(config):
         raise ValueError(
             f"config.micro_batch is {size}, but config.batch_stats=trained and the batch mode "

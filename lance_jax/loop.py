@@ -127,6 +127,7 @@ def fit(
                 (examples.read(np.arange(config.batch_size)), examples.labels[: config.batch_size]),
                 directory.name,
             )
+            chosen = min(chosen, config.batch_size)
             now = now._replace(info={**now.info, "micro_batch": chosen})
             checkpoints.save(now)
         loader = Loader(size, config.batch_size, config.seed, tuple(now.info["position"]))

@@ -145,6 +145,7 @@ def test_views_are_drawn_at_random(tmp_path):
 
 def test_micro_batches_change_the_rounding_alone(tmp_path):
     whole = fit(tmp_path / "whole", calibrate=None).params
+    assert fit(tmp_path / "whole", calibrate=None, micro_batch=9).micro_batch == 4
     found = fit(tmp_path / "micro", calibrate=None, micro_batch=3)
     assert found.micro_batch == 3
     for a, b in zip(*map(jax.tree.leaves, (found.params, whole)), strict=True):
