@@ -1,52 +1,95 @@
-"""Accuracy of every method: `python -m benchmarks.finetune --data digits cifar10 pets`.
+"""Accuracy of every method on every network and data set: `python -m benchmarks.finetune`.
 
 For each method first the learning rate, doubled and halved from 0.05 until neither neighbour is
 better, by held-out accuracy on a validation split and one seed; then, with that rate, the test
-accuracy of five seeds. A finished cell is a line of results/finetune.jsonl, so the same command
-goes on where it was stopped.
+accuracy of five seeds. Of `EXACT`, which compute plain backprop's gradients, the bytes alone. A
+finished cell is a line of results/finetune.jsonl, so the same command goes on where it was stopped.
+Two processes may measure different parts of the grid side by side; each needs one core:
+
+    taskset -c 0 python -m benchmarks.finetune --models mcunet
+    taskset -c 1 python -m benchmarks.finetune --models mobilenetv2
 """
 
 import argparse
-import shutil
-from collections.abc import Callable
+import functools
+import json
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 
-from benchmarks import records, tasks
-from lance_jax import train
+import lance_jax
+from benchmarks import records, rivals, tasks
+from lance_jax import loop, train
+from lance_jax.config import Config
+from lance_jax.train import Problem
 
 SEARCH_SEED = 100  # none of the test runs'
 SEEDS = range(5)
+# A run writes no checkpoints on its way: a killed cell is measured again.
+FIXED = {"checkpoint_every": 1_000_000}
+# What is set in the program's config. Their energy is that of the grid but where one is given.
 METHODS = {
     "head": {"method": "head"},
     "bias": {"method": "bias"},
     "backprop": {"method": "backprop"},
+    "backprop2": {"method": "backprop", "trainable_layers": 2},
     "lance": {"method": "lance"},
+    "lance_micro": {"method": "lance", "micro_batch": 8},
     "paper": {"method": "lance", "modes": "paper", "energy": 0.7, "core_dtype": ""},
+    "int8": {"method": "lance", "modes": "none", "core_dtype": "int8"},
+    "int4": {"method": "lance", "modes": "none", "core_dtype": "int4"},
+    "hosvd": {"method": "backprop", "modes": "batch,height,width,channel", "core_dtype": ""},
 }
+HAVE_ENERGY = ("lance", "lance_micro", "hosvd")
+EXACT = {"checkpoint": 0, "accumulate8": 8, "accumulate1": 1}  # name -> micro-batch, 0: all
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", nargs="+", choices=tasks.DATA, default=list(tasks.DATA))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    arguments = parser.parse_args()
-    for data in arguments.data:
-        for method in arguments.methods:
-            measure(data, method, records.RESULTS / "finetune.jsonl")
+    parser.add_argument(
+        "--models", nargs="+", choices=tasks.MODELS, default=["mcunet", "mobilenetv2"]
+    )
+    parser.add_argument("--data", nargs="+", choices=tasks.DATA, default=["cifar10", "cifar100"])
+    methods = [*METHODS, *EXACT]
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
+    parser.add_argument("--energies", nargs="+", type=float, default=[0.98])
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    given = parser.parse_args()
+    tasks.cache_compilations()
+    path = records.RESULTS / "finetune.jsonl"
+    for model, data in tasks.pairs(given.models, given.data):
+        for method in given.methods:
+            if method in EXACT:
+                count(model, data, method, path)
+                continue
+            for energy in given.energies if method in HAVE_ENERGY else [None]:
+                measure(model, data, method, path, given.seeds, energy)
 
 
-def measure(data: str, method: str, path: Path, seeds=SEEDS, **settings) -> None:
-    """Appends all missing cells of one data set and method; `settings` replace config fields."""
+def measure(
+    model: str,
+    data: str,
+    method: str,
+    path: Path,
+    seeds: Iterable[int] = SEEDS,
+    energy: float | None = None,
+    **settings,
+) -> None:
+    """Appends all missing cells of one method; `settings` replace config fields."""
+
+    def measured(split: str, rate: float, seed: int) -> dict[str, Any]:
+        key = {"model": model, "data": data, "method": method, "split": split}
+        return cell({**key, "learning_rate": rate, "seed": seed}, path, energy, **settings)
 
     def accuracy(rate: float) -> float:
-        record = cell(data, method, "validation", rate, SEARCH_SEED, path, **settings)
-        return record["result"]["validation_accuracy"]
+        return measured("validation", rate, SEARCH_SEED)["validation_accuracy"]
 
     rate = search(accuracy)
     for seed in seeds:
-        cell(data, method, "test", rate, seed, path, **settings)
+        measured("test", rate, seed)
 
 
 def search(accuracy: Callable[[float], float], start: float = 0.05) -> float:
@@ -62,23 +105,97 @@ def search(accuracy: Callable[[float], float], start: float = 0.05) -> float:
         best = highest
 
 
-def cell(
-    data: str, method: str, split: str, rate: float, seed: int, path: Path, **settings
-) -> dict:
-    """The record of one run: from the file if its configuration is there, else run and appended."""
-    key = {"data": data, "method": method, "split": split, "learning_rate": rate, "seed": seed}
-    config = tasks.config(data, **METHODS[method], eval_split=split, seed=seed, **settings)
-    name = METHODS[method]["method"]
-    config.learning_rate = ml_collections.ConfigDict({name: rate})
+def cell(key: dict[str, Any], path: Path, energy: float | None, **settings) -> dict[str, Any]:
+    """The result of one run: from the file if its configuration is there, else run and appended.
+
+    key: model, data, method, split, learning_rate and seed.
+    """
+    of_method: dict[str, Any] = {
+        **METHODS[key["method"]],
+        **({} if energy is None else {"energy": energy}),
+    }
+    shared = {**FIXED, "eval_split": key["split"], "seed": key["seed"], **settings}
+    config = tasks.config(key["model"], key["data"], **shared, **of_method)
+    name: str = of_method["method"]
+    config.learning_rate = ml_collections.ConfigDict({name: key["learning_rate"]})
+    found = recorded(path, key, config)
+    if found is not None:
+        return found
+    layers = {"trainable_layers": config.trainable_layers}
+    problem = problem_of(tasks.config(key["model"], key["data"], **shared | layers))
+    result = run(config, key["method"], problem)
+    records.append(path, {**key, "result": result})
+    print(key, result[f"{key['split']}_accuracy"], flush=True)
+    return result
+
+
+def count(model: str, data: str, method: str, path: Path, **settings) -> None:
+    """Appends the bytes that one of `EXACT` keeps, if they are missing."""
+    key = {"model": model, "data": data, "method": method, "split": "bytes"}
+    config = tasks.config(model, data, **FIXED, **settings, method="backprop")
+    if recorded(path, key, config) is None:
+        problem = problem_of(config)
+        nothing = loop.Fitted(None, lance_jax.Factors(), 0.0, [], 0.0)
+        _, backprop = train.saved_bytes(config, "backprop", problem, nothing)
+        result = {
+            "config": config.to_dict(),
+            "saved_bytes": exact_bytes(config, method, problem),
+            "saved_bytes_backprop": backprop,
+            "versions": train.versions(),
+        }
+        records.append(path, {**key, "result": result})
+        print(f"{key} {result['saved_bytes']}", flush=True)
+
+
+def exact_bytes(config: Config, method: str, problem: Problem) -> dict[str, int]:
+    if method == "checkpoint":
+        return rivals.checkpoint_bytes(config, problem)
+    return rivals.micro_bytes(config, "backprop", problem, lance_jax.Factors(), EXACT[method])
+
+
+def recorded(path: Path, key: dict[str, Any], config: Config) -> dict[str, Any] | None:
+    """The result under this key with this configuration."""
     for record in records.read(path):
         if key.items() <= record.items() and record["result"]["config"] == config.to_dict():
-            return record
-    workdir = tasks.RUNS / "-".join(str(part) for part in key.values())
-    record = {**key, "result": train.run(config, workdir, name)}
-    records.append(path, record)
-    shutil.rmtree(workdir)  # a killed run goes on in it, a finished one leaves only its record
-    print(f"{key} {record['result'][f'{split}_accuracy']:.4f}", flush=True)
-    return record
+            return record["result"]
+    return None
+
+
+def problem_of(config: Config) -> Problem:
+    """The problem of a configuration, prepared once and kept."""
+    return _prepared(json.dumps(config.to_dict(), sort_keys=True))
+
+
+@functools.cache
+def _prepared(config: str) -> Problem:
+    with tempfile.TemporaryDirectory() as workdir:
+        return train.prepare(ml_collections.ConfigDict(json.loads(config)), workdir)
+
+
+def run(config: Config, method: str, problem: Problem) -> dict[str, Any]:
+    """The result of the program, with the bytes of what is not the program's own."""
+    with tempfile.TemporaryDirectory() as workdir:
+        if method == "hosvd":
+            compressed = problem._replace(train_fn=rivals.hosvd(config, problem))
+            result = train.run(config, workdir, config.method, compressed)
+            # The run is finished: this reads its end.
+            fitted = train.fit_method(config, compressed, config.method, Path(workdir) / "backprop")
+            ranks = [
+                one
+                for params in (problem.params, fitted.params)
+                for one in rivals.batch_ranks(config, problem, params, config.calibration_batches)
+            ]
+            result["ranks"] = ranks[-1]
+            result["saved_bytes"] = rivals.hosvd_bytes(config, problem, ranks)
+            return result
+        result = train.run(config, workdir, config.method, problem)
+        if config.micro_batch < config.batch_size:
+            directory = Path(workdir) / config.method
+            fitted = train.fit_method(config, problem, config.method, directory)
+            result["saved_bytes"] = rivals.micro_bytes(
+                config, config.method, problem, fitted.factors, config.micro_batch
+            )
+        return result
 
 
 if __name__ == "__main__":

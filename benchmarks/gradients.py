@@ -25,25 +25,26 @@ ENERGIES = (0.9, 0.95, 0.97, 0.98, 0.99)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=tasks.MODELS, default="mcunet")
     parser.add_argument("--data", choices=tasks.DATA, default="cifar10")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     parser.add_argument("--energies", type=float, nargs="+", default=list(ENERGIES))
     arguments = parser.parse_args()
     for seed in arguments.seeds:
-        for record in measure(arguments.data, seed, arguments.energies):
+        for record in measure(arguments.model, arguments.data, seed, arguments.energies):
             print(record)
             records.append(records.RESULTS / "gradients.jsonl", record)
 
 
 def measure(
-    data: str, seed: int, energies: Iterable[float] = ENERGIES, **settings
+    model: str, data: str, seed: int, energies: Iterable[float] = ENERGIES, **settings
 ) -> Iterator[dict]:
     """Records with `cosines` by path of the layer; `when` is "calibration" or "end".
 
     After calibration for each of the energies, with the parameters of a trained head; at the end
     for the configuration's own.
     """
-    config: Any = tasks.config(data, seed=seed, **settings)
+    config: Any = tasks.config(model, data, seed=seed, **settings)
     workdir = tasks.RUNS / f"gradients-{data}-{seed}"
     problem = train.prepare(config, workdir)
     head, lance = (

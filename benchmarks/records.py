@@ -14,11 +14,11 @@ def read(path: Path) -> list[dict]:
 
 
 def append(path: Path, record: dict) -> None:
-    """Adds one record, with the command that made it."""
+    """Adds one record, with the command that made it; several processes may write to one file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({"command": command(), **record}, sort_keys=True)
-    with path.open("a") as file:
-        file.write(line + "\n")
+    line = json.dumps({"command": command(), **record}, sort_keys=True) + "\n"
+    with path.open("ab", buffering=0) as file:  # one write, which appends as a whole
+        file.write(line.encode())
 
 
 def command() -> str:

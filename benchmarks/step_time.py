@@ -38,7 +38,7 @@ def main() -> None:
 
 def measure(name: str, rounds: int, **settings) -> list[dict]:
     """One record for each form of plain backprop, of `rounds` timed rounds."""
-    config = tasks.config(name, **settings)
+    config = tasks.config("digits" if name == "digits" else "mcunet", name, **settings)
     problem = train.prepare(config, tasks.RUNS / f"step_time-{name}")
     seconds = interleaved(gradient_steps(config, problem), batches(config, problem), rounds)
     return [
