@@ -63,7 +63,10 @@ def hosvd(
 
 def decompositions(config: Config, problem: Problem, params: Any, x: Any) -> dict[str, dict]:
     """Eigenvalues and eigenvectors by path and mode, leading first, of one batch's inputs."""
-    inputs = layer_inputs(problem, *jax.lax.stop_gradient((params, x)))
+    # Else the products would choose the layout of what the network computes.
+    inputs = jax.lax.optimization_barrier(
+        layer_inputs(problem, *jax.lax.stop_gradient((params, x)))
+    )
     axes = {mode: MODES.index(mode) for mode in names(config.modes)}
     return {
         path: {mode: decompose(gram(given, axis)) for mode, axis in axes.items()}
