@@ -44,7 +44,11 @@ METHODS = {
     "hosvd": {"method": "backprop", "modes": "batch,height,width,channel", "core_dtype": ""},
 }
 HAVE_ENERGY = ("lance", "lance_micro", "hosvd")
-EXACT = {"checkpoint": 0, "accumulate8": 8, "accumulate1": 1}  # name -> micro-batch, 0: all
+EXACT = {
+    "checkpoint": {"method": "backprop"},
+    "accumulate8": {"method": "backprop", "micro_batch": 8},
+    "accumulate1": {"method": "backprop", "micro_batch": 1},
+}
 
 
 def main() -> None:
@@ -132,25 +136,22 @@ def cell(key: dict[str, Any], path: Path, energy: float | None, **settings) -> d
 def count(model: str, data: str, method: str, path: Path, **settings) -> None:
     """Appends the bytes that one of `EXACT` keeps, if they are missing."""
     key = {"model": model, "data": data, "method": method, "split": "bytes"}
-    config = tasks.config(model, data, **FIXED, **settings, method="backprop")
+    shared = {**FIXED, **settings}
+    config: Any = tasks.config(model, data, **shared, **EXACT[method])
     if recorded(path, key, config) is None:
-        problem = problem_of(config)
-        nothing = loop.Fitted(None, lance_jax.Factors(), 0.0, [], 0.0)
-        _, backprop = train.saved_bytes(config, "backprop", problem, nothing)
+        problem = problem_of(tasks.config(model, data, **shared))
+        fitted = loop.Fitted(None, lance_jax.Factors(), 0.0, [], 0.0, config.micro_batch)
+        saved, backprop = train.saved_bytes(config, config.method, problem, fitted)
         result = {
             "config": config.to_dict(),
-            "saved_bytes": exact_bytes(config, method, problem),
+            "saved_bytes": saved
+            if method != "checkpoint"
+            else rivals.checkpoint_bytes(config, problem),
             "saved_bytes_backprop": backprop,
             "versions": train.versions(),
         }
         records.append(path, {**key, "result": result})
-        print(f"{key} {result['saved_bytes']}", flush=True)
-
-
-def exact_bytes(config: Config, method: str, problem: Problem) -> dict[str, int]:
-    if method == "checkpoint":
-        return rivals.checkpoint_bytes(config, problem)
-    return rivals.micro_bytes(config, "backprop", problem, lance_jax.Factors(), EXACT[method])
+        print(key, result["saved_bytes"], flush=True)
 
 
 def recorded(path: Path, key: dict[str, Any], config: Config) -> dict[str, Any] | None:
@@ -173,29 +174,21 @@ def _prepared(config: str) -> Problem:
 
 
 def run(config: Config, method: str, problem: Problem) -> dict[str, Any]:
-    """The result of the program, with the bytes of what is not the program's own."""
+    """The result of the program, with the bytes of the decomposition, which is not its own."""
     with tempfile.TemporaryDirectory() as workdir:
-        if method == "hosvd":
-            compressed = problem._replace(train_fn=rivals.hosvd(config, problem))
-            result = train.run(config, workdir, config.method, compressed)
-            # The run is finished: this reads its end.
-            fitted = train.fit_method(config, compressed, config.method, Path(workdir) / "backprop")
-            ranks = [
-                one
-                for params in (problem.params, fitted.params)
-                for one in rivals.batch_ranks(config, problem, params, config.calibration_batches)
-            ]
-            result["ranks"] = ranks[-1]
-            result["saved_bytes"] = rivals.hosvd_bytes(config, problem, ranks)
-            return result
-        result = train.run(config, workdir, config.method, problem)
-        if config.micro_batch < config.batch_size:
-            directory = Path(workdir) / config.method
-            fitted = train.fit_method(config, problem, config.method, directory)
-            result["saved_bytes"] = rivals.micro_bytes(
-                config, config.method, problem, fitted.factors, config.micro_batch
-            )
-        return result
+        if method != "hosvd":
+            return train.run(config, workdir, config.method, problem)
+        compressed = problem._replace(train_fn=rivals.hosvd(config, problem))
+        result = train.run(config, workdir, config.method, compressed)
+        # The run is finished: this reads its end.
+        end = train.fit_method(config, compressed, config.method, Path(workdir) / config.method)
+    ranks = [
+        one
+        for params in (problem.params, end.params)
+        for one in rivals.batch_ranks(config, problem, params, config.calibration_batches)
+    ]
+    saved = rivals.hosvd_bytes(config, problem, ranks)
+    return {**result, "ranks": ranks[-1], "saved_bytes": saved}
 
 
 if __name__ == "__main__":

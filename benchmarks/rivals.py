@@ -5,7 +5,6 @@
   with that of the batch, cores and factors in float32. Here by a Gram matrix and `eigh` for each
   mode, which is faster than a singular value decomposition.
 * `checkpointed`: `jax.checkpoint` of every trained residual block.
-* `micro_bytes`: what a step over micro-batches keeps.
 """
 
 import itertools
@@ -23,8 +22,6 @@ from lance_jax import loop, train
 from lance_jax.config import Config, names
 from lance_jax.loader import Loader
 from lance_jax.models import network as networks
-from lance_jax.models import weights
-from lance_jax.models.digits import DigitsNet
 from lance_jax.models.network import Network
 from lance_jax.train import Problem
 
@@ -164,49 +161,47 @@ def batch_input(config: Config, problem: Problem) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((config.batch_size, *shape), jnp.float32)
 
 
-# --- checkpoints and micro-batches ----------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
 def checkpointed(network: Network, first: int) -> Callable[[Any, Any], Any]:
-    """logits = f(params, inputs) of `network` (with its classes and start), each block from number
-    `first` on a `jax.checkpoint`."""
-    blocks = sum(name.startswith("blocks_") for name in networks.shapes(network)["params"])
-    parts = [networks.apply_fn(network.clone(start=network.start, stop=first, classes=None))]
-    parts = parts if network.start < first else []
-    parts += [
-        jax.checkpoint(networks.apply_fn(network.clone(start=i, stop=i + 1, classes=None)))
-        for i in range(first, network.start + blocks)
-    ]
-    parts.append(networks.apply_fn(network.clone(start=network.start + blocks)))
+    """logits = f(params, inputs) of a network with classes, its blocks checkpointed.
+
+    Each block from number `first` on is a `jax.checkpoint`.
+    """
+
+    def part(**settings: Any) -> Callable[[Any, Any], Any]:
+        return networks.apply_fn(network.clone(**settings))
+
+    end = _blocks(network)
+    parts = [part(stop=first, classes=None)] if network.start < first else []
+    parts += [jax.checkpoint(part(start=i, stop=i + 1, classes=None)) for i in range(first, end)]
+    parts.append(part(start=end))
 
     def apply(params: Any, x: Any) -> Any:
-        for part in parts:
-            x = part(params, x)
+        for run in parts:
+            x = run(params, x)
         return x
 
     return apply
 
 
-def network_of(config: Config) -> tuple[Network, int]:
-    """The whole network without a head, and its first trained block."""
-    if config.model == "digits":
-        network = DigitsNet()
-    else:
-        network, _ = weights.load(config.weights, config.model, config.resolution)
-    return network, train.trained_layers(network, config.trainable_layers)[1]
+def _blocks(network: Network) -> int:
+    """The number behind that of the last block."""
+    whole = networks.shapes(network.clone(start=0))["params"]
+    return sum(name.startswith("blocks_") for name in whole)
 
 
 def checkpoint_bytes(config: Config, problem: Problem) -> dict[str, int]:
     """Bytes kept between the phases, and the most that one block needs when it is run again."""
-    network, first = network_of(config)
-    _, params, picture = problem.network
-    classes = params["head"]["bias"].shape[0]
+    network, (_, params, picture) = problem.whole, problem.network
+    _, first = train.trained_layers(network, config.trainable_layers)
     trainable = train.trainable_patterns("backprop", problem.layers)
-    loss = loop.loss_of(checkpointed(network.clone(classes=classes), first))
+    loss = loop.loss_of(checkpointed(network, first))
     batch = _batch(config.batch_size, picture, problem)
     kept = lance_jax.report(loss, params, *batch, trainable=trainable).saved_bytes_backprop.total
     transients, x = [], batch_input(config, problem)
-    for i in range(first, sum(name.startswith("blocks_") for name in params)):
+    for i in range(first, _blocks(network)):
         block = networks.apply_fn(network.clone(start=i, stop=i + 1, classes=None))
         report = lance_jax.report(
             lambda params, x, block=block: block(params, x).sum(), params, x, trainable=trainable
@@ -214,22 +209,6 @@ def checkpoint_bytes(config: Config, problem: Problem) -> dict[str, int]:
         transients.append(report.saved_bytes_backprop.total)
         x = jax.eval_shape(block, params, x)
     return {"total": kept, "transient": max(transients)}
-
-
-def micro_bytes(
-    config: Config, method: str, problem: Problem, factors: Any, size: int
-) -> dict[str, int]:
-    """Bytes of a step over micro-batches: what one of them keeps, and the sum of the gradients."""
-    small = config.copy_and_resolve_references()
-    small.batch_size = small.micro_batch = size
-    fitted = loop.Fitted(None, factors, 0.0, [], 0.0)
-    kept, _ = train.saved_bytes(small, method, problem, fitted)
-    loss = lance_jax.value_and_grad(
-        lambda params: 0.0, trainable=train.trainable_patterns(method, problem.layers)
-    )
-    leaves = jax.tree.leaves(loss.partition(problem.params)[0])
-    gradients = sum(leaf.nbytes for leaf in leaves)
-    return {**kept, "gradients": gradients, "total": kept["total"] + gradients}
 
 
 def _batch(size: int, picture: tuple[int, ...], problem: Problem) -> tuple[Any, Any]:
