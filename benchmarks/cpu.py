@@ -130,7 +130,7 @@ def steps(
         patterns = train.trainable_patterns("lance", layers)
     given, labels = jnp.asarray(x), jnp.asarray(y)
     factors = lance_jax.calibrate(
-        lance_jax.lower_for_cpu(apply_fn), params, [given], select=select, energy=0.98,
+        lance_jax.lower_for_cpu(apply_fn), params, [given], select=select, energy=0.96,
         core_dtype="int4",
     )  # fmt: skip
     loss = loop.loss_of(apply_fn)

@@ -72,7 +72,7 @@ def test_one_working_directory_has_the_same_inputs(tmp_path, what):
         ({"trainable_layers": 11}, "trainable_layers is 11: .* than the 10 that"),
         ({"learning_rate": {"head": -0.1}}, "config.learning_rate.head is -0.1; it must be pos"),
         ({"clip": float("nan")}, "config.clip is nan; it must be positive"),
-        ({"modes": "paper"}, "config.modes=paper stands for config.energy=0.7, and it is 0.98"),
+        ({"modes": "paper"}, "config.modes=paper stands for config.energy=0.7, and it is 0.96"),
         ({"modes": "paper,channel", "energy": 0.7}, "'paper,channel'; paper and none stand alone"),
         ({"modes": "patch,channel"}, "'patch,channel'; patch goes with batch alone"),
         ({"dataset": "cifar10"}, "config.model is 'digits' and config.dataset is 'cifar10'"),
