@@ -1,13 +1,19 @@
 """The benchmarks run from end to end, at a small size, on the digits."""
 
+import itertools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import finetune, gradients, records, step_time, table, tasks
-from lance_jax import train
+import lance_jax
+from benchmarks import finetune, gradients, records, rivals, step_time, table, tasks
+from lance_jax import loop, train
+from tests.tolerances import assert_close
 
 SMALL = {"epochs": 1, "pretrain": {"epochs": 1}, "calibration_batches": 2}
+KEY = {"model": "digits", "data": "digits", "split": "test", "learning_rate": 0.1}
 
 
 @pytest.fixture(autouse=True)
@@ -34,37 +40,97 @@ def test_search_ends_on_a_plateau():
 def test_finetune_runs_each_cell_once(tmp_path, monkeypatch):
     path, ran = tmp_path / "finetune.jsonl", []
 
-    def run(config, workdir, method):
-        ran.append((config.eval_split, config.seed, config.learning_rate[method]))
-        workdir.mkdir(parents=True)
-        rate = config.learning_rate[method]
+    def run(config, method, problem):
+        rate = config.learning_rate[config.method]
+        ran.append((method, config.energy, config.eval_split, config.seed, rate))
         return {
             "config": config.to_dict(),
             f"{config.eval_split}_accuracy": 1 - abs(rate - 0.1),
         }
 
-    monkeypatch.setattr(train, "run", run)
-    finetune.measure("digits", "paper", path, seeds=[0, 1])
-    assert ran[-2:] == [("test", 0, 0.1), ("test", 1, 0.1)]
-    assert len(ran) == len(set(ran))
-    assert {(split, seed) for split, seed, _ in ran[:-2]} == {("validation", finetune.SEARCH_SEED)}
-    finetune.measure("digits", "paper", path, seeds=[0, 1, 2])
-    assert ran[-2:] == [("test", 1, 0.1), ("test", 2, 0.1)]  # only what was missing
-    finetune.measure("digits", "paper", path, seeds=[2], epochs=3)
-    assert ran[-1] == ("test", 2, 0.1) and ran.count(ran[-1]) == 2  # another configuration
+    def last():
+        return ran[-1][-3:]
+
+    monkeypatch.setattr(finetune, "run", run)
+    monkeypatch.setattr(finetune, "problem_of", lambda config: None)
+    finetune.measure("digits", "digits", "lance", path, [0, 1], 0.9)
+    assert [cell[-3:] for cell in ran[-2:]] == [("test", 0, 0.1), ("test", 1, 0.1)]
+    assert len(ran) == len(set(ran)) and {cell[:2] for cell in ran} == {("lance", 0.9)}
+    assert {cell[2:4] for cell in ran[:-2]} == {("validation", finetune.SEARCH_SEED)}
+    before = len(ran)
+    finetune.measure("digits", "digits", "lance", path, [0, 1, 2], 0.9)
+    assert len(ran) == before + 1 and last() == ("test", 2, 0.1), "only what was missing"
+    finetune.measure("digits", "digits", "lance", path, [2], 0.9, epochs=3)
+    assert last() == ("test", 2, 0.1) and ran.count(ran[-1]) == 2, "another configuration"
+    before = len(ran)
+    finetune.measure("digits", "digits", "lance", path, [2], 0.8)
+    assert len(ran) > before and ran[-1][1] == 0.8, "another energy"
 
 
 def test_finetune_and_the_program_agree_on_what_a_result_holds(tmp_path):
     path = tmp_path / "cell.jsonl"
-    record = finetune.cell("digits", "paper", "test", 0.1, 0, path, **SMALL)
-    assert records.read(path)[0].items() >= record.items()
-    assert record["result"]["ranks"] and record["result"]["config"]["modes"] == "paper"
-    for method in ("backprop", "paper"):
-        for seed in (0, 1):
-            again = {**record, "method": method, "seed": seed}
-            records.append(tmp_path / "finetune.jsonl", again)
+    result = finetune.cell({**KEY, "method": "paper", "seed": 0}, path, None, **SMALL)
+    (record,) = records.read(path)
+    assert record["result"] == result and record["method"] == "paper"
+    assert result["ranks"] and result["config"]["modes"] == "paper"
+    for method, seed in itertools.product(("backprop", "paper"), (0, 1)):
+        again = {**record, "method": method, "seed": seed}
+        records.append(tmp_path / "finetune.jsonl", again)
     text = table.blocks(tmp_path)["finetune"]
     assert "plain backprop" in text and "`paper`" in text and "n = 2" in text
+
+
+def test_a_cell_of_the_decomposition_counts_its_own_bytes(tmp_path):
+    path = tmp_path / "cell.jsonl"
+    result = finetune.cell({**KEY, "method": "hosvd", "seed": 0}, path, 0.9, **SMALL)
+    assert set(result["ranks"]) == {f"{layer}/kernel" for layer in problem().layers}
+    assert all(ranks.keys() == set(rivals.MODES) for ranks in result["ranks"].values())
+    assert 0 < result["saved_bytes"]["total"] < result["saved_bytes_backprop"]["total"]
+
+
+def config(method="backprop", **settings):
+    return tasks.config(
+        "digits", "digits", **finetune.FIXED, **SMALL, **finetune.METHODS[method], **settings
+    )
+
+
+def problem():
+    return finetune.problem_of(tasks.config("digits", "digits", **finetune.FIXED, **SMALL))
+
+
+def test_the_methods_that_equal_backprop_have_its_gradients_and_fewer_bytes(tmp_path):
+    path = tmp_path / "finetune.jsonl"
+    for method in finetune.EXACT:
+        finetune.count("digits", "digits", method, path, **SMALL)
+        finetune.count("digits", "digits", method, path, **SMALL)
+    found = {record["method"]: record["result"] for record in records.read(path)}
+    assert len(records.read(path)) == len(found) == 3, "each once"
+    assert all(
+        result["saved_bytes"]["total"] < result["saved_bytes_backprop"]["total"]
+        for result in found.values()
+    )
+    assert found["accumulate1"]["saved_bytes"]["total"] < (
+        found["accumulate8"]["saved_bytes"]["total"]
+    )
+    network = problem().whole
+    _, first = train.trained_layers(network, config().trainable_layers)
+    checkpointed = rivals.checkpointed(network.clone(start=first), first)
+    assert_equal_gradients(problem().train_fn, checkpointed)
+
+
+def test_the_whole_decomposition_gives_the_exact_gradient():
+    whole = rivals.hosvd(config("hosvd", energy=1.0), problem())
+    assert_equal_gradients(problem().train_fn, whole)
+
+
+def assert_equal_gradients(plain, other):
+    batch = next(step_time.batches(config(), problem()))
+    patterns = train.trainable_patterns("backprop", problem().layers)
+    expected, found = (
+        lance_jax.value_and_grad(loop.loss_of(fn), trainable=patterns)(problem().params, *batch)
+        for fn in (plain, other)
+    )
+    jax.tree.map(assert_close, found, jax.tree.map(lambda x: np.asarray(x, np.float64), expected))
 
 
 def test_step_time_measures_both_forms_of_plain_backprop(tmp_path):
@@ -83,10 +149,10 @@ def test_ratio_is_of_medians_within_its_interval():
 
 
 def test_gradients_measures_every_layer_at_both_moments(tmp_path):
-    found = list(gradients.measure("digits", 0, [0.9, 0.98], **SMALL))
-    assert [record["when"] for record in found] == ["calibration", "calibration", "end"]
-    assert [record["energy"] for record in found] == [0.9, 0.98, 0.98]
-    assert found[0]["times_fewer"] > found[1]["times_fewer"] == found[2]["times_fewer"]
+    found = list(gradients.measure("digits", "digits", 0, [0.8], **SMALL))
+    assert [record["when"] for record in found] == ["calibration", "end"]
+    assert [record["energy"] for record in found] == [0.8, found[1]["config"]["energy"]]
+    assert found[0]["times_fewer"] > found[1]["times_fewer"]
     for record in found:
         records.append(tmp_path / "gradients.jsonl", record)
         assert len(record["cosines"]) == 4
