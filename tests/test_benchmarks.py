@@ -109,8 +109,9 @@ def test_the_methods_that_equal_backprop_have_its_gradients_and_fewer_bytes(tmp_
         result["saved_bytes"]["total"] < result["saved_bytes_backprop"]["total"]
         for result in found.values()
     )
-    assert found["accumulate1"]["saved_bytes"]["total"] < (
-        found["accumulate8"]["saved_bytes"]["total"]
+    assert (
+        found["accumulate1"]["saved_bytes"]["total"]
+        < (found["accumulate8"]["saved_bytes"]["total"])
     )
     network = problem().whole
     _, first = train.trained_layers(network, config().trainable_layers)
@@ -149,14 +150,15 @@ def test_ratio_is_of_medians_within_its_interval():
 
 
 def test_gradients_measures_every_layer_at_both_moments(tmp_path):
-    found = list(gradients.measure("digits", "digits", 0, [0.8], **SMALL))
+    energy = config().energy
+    found = list(gradients.measure("digits", "digits", 0, [energy], **SMALL))
     assert [record["when"] for record in found] == ["calibration", "end"]
-    assert [record["energy"] for record in found] == [0.8, found[1]["config"]["energy"]]
-    assert found[0]["times_fewer"] > found[1]["times_fewer"]
+    assert found[0]["times_fewer"] == found[1]["times_fewer"] > 1
     for record in found:
         records.append(tmp_path / "gradients.jsonl", record)
         assert len(record["cosines"]) == 4
         assert all(0 < cosine <= 1 + 1e-6 for cosine in record["cosines"].values())
+        assert record["energy"] == energy
     assert table.blocks(tmp_path)["gradients"].count("blocks_") == 4
 
 
