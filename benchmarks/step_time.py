@@ -1,16 +1,21 @@
-"""Time of a gradient step, plain and compressed in turn: `python -m benchmarks.step_time`.
+"""Times of a gradient step of every method of the grid: `python -m benchmarks.step_time`.
 
-Two forms of plain backprop over the same trainable parameters: `jax.jit` of `jax.value_and_grad`,
-and the library's two phases; on a CPU all with the same fast depthwise convolutions. The three
-steps run in random order in every round, on the same batch; the interval of the ratio of medians is
-a paired bootstrap over rounds.
+All steps run in random order in every round, in one process and on the same examples; on a CPU all
+through `lance_jax.lower_for_cpu`. Each is compared with `jit`, which is `jax.jit` of
+`jax.value_and_grad`; the others are the two phases of `lance_jax.value_and_grad`, as in the
+program. The interval of the ratio of medians is a paired bootstrap over rounds.
+
+Then the part of the step in which LANCE and the decomposition of each step's inputs differ, alone:
+Gram matrices and eigenvectors of the trained layers' inputs, against LANCE's projection of them.
 """
 
 import argparse
+import functools
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from statistics import median
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,84 +23,207 @@ import numpy as np
 from scipy import stats
 
 import lance_jax
-from benchmarks import records, tasks
-from lance_jax import loop, train
+from benchmarks import finetune, records, rivals, tasks
+from lance_jax import loop, modes, quantize, train
+from lance_jax.config import Config, base
 from lance_jax.loader import Loader
+from lance_jax.train import Problem
 
 WARM_UP = 3  # rounds that compile
+PLAIN = "jit"
+METHODS = {**finetune.METHODS, **finetune.EXACT}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--models", nargs="+", choices=tasks.MODELS, default=["mcunet", "mobilenetv2"]
+    )
     parser.add_argument("--data", nargs="+", choices=tasks.DATA, default=["cifar10"])
+    parser.add_argument("--energy", type=float, default=base().energy)
     parser.add_argument("--rounds", type=int, default=100)
-    arguments = parser.parse_args()
-    for name in arguments.data:
-        for record in measure(name, arguments.rounds):
-            print(record)
+    given = parser.parse_args()
+    for model, data in tasks.pairs(given.models, given.data):
+        for record in measure(model, data, given.energy, given.rounds):
+            print(record["method"], record["seconds"], record["ratio"], flush=True)
             records.append(records.RESULTS / "step_time.jsonl", record)
+        record = measure_decomposition(model, data, given.energy, given.rounds)
+        print(record["seconds"], record["ratios"], flush=True)
+        records.append(records.RESULTS / "decomposition.jsonl", record)
 
 
-def measure(name: str, rounds: int, **settings) -> list[dict]:
-    """One record for each form of plain backprop, of `rounds` timed rounds."""
-    config = tasks.config("digits" if name == "digits" else "mcunet", name, **settings)
-    problem = train.prepare(config, tasks.RUNS / f"step_time-{name}")
-    seconds = interleaved(gradient_steps(config, problem), batches(config, problem), rounds)
+# --- whole steps ----------------------------------------------------------------------------------
+
+
+def measure(
+    model: str,
+    data: str,
+    energy: float,
+    rounds: int,
+    methods: Iterable[str] = tuple(METHODS),
+    **settings,
+) -> list[dict]:
+    """One record for `jit` and for each method, of `rounds` timed rounds."""
+    configs = {
+        method: config_of(model, data, method, energy, **settings)
+        for method in ("backprop", *methods)
+    }
+    problems = {
+        n: finetune.problem_of(tasks.config(model, data, trainable_layers=n, **settings))
+        for n in dict.fromkeys(config.trainable_layers for config in configs.values())
+    }
+    steps: dict[str, Callable] = {PLAIN: one_call(problems[configs["backprop"].trainable_layers])}
+    for method, config in configs.items():
+        steps[method] = two_phases(method, config, problems[config.trainable_layers])
+    configs[PLAIN] = configs["backprop"]
+
+    def on_its_problem(name: str) -> Callable:
+        place = list(problems).index(configs[name].trainable_layers)
+        return lambda *examples: steps[name](*examples[place])
+
+    # the same examples of every problem
+    examples = zip(*(batches(configs[PLAIN], one) for one in problems.values()), strict=True)
+    seconds = interleaved({name: on_its_problem(name) for name in steps}, examples, rounds)
     return [
         {
-            "data": name,
-            "baseline": baseline,
-            "seconds": {
-                "backprop": median(seconds[baseline]),
-                "lance": median(seconds["lance"]),
-            },
-            "ratio": ratio(seconds["lance"], seconds[baseline]),
-            "rounds": rounds,
-            "config": config.to_dict(),
-            "versions": train.versions(),
-            "device": train.device(),
+            "model": model,
+            "data": data,
+            "method": name,
+            "seconds": median(seconds[name]),
+            "ratio": ratio(seconds[name], seconds[PLAIN]),
+            **_circumstances(rounds, configs[name]),
         }
-        for baseline in seconds
-        if baseline != "lance"
+        for name in steps
     ]
 
 
-def gradient_steps(config, problem) -> dict[str, Callable]:
-    """Functions (inputs, labels) -> (loss, gradients) at the problem's parameters, by name."""
-    trainable = train.trainable_patterns("lance", problem.layers)
-    factors = train.calibration(config, problem)()
-    compressed = lance_jax.compress(problem.apply_fn, factors)
-    loss, fast_loss = (
-        loop.loss_of(loop.for_device(apply_fn)) for apply_fn in (problem.apply_fn, compressed)
-    )
-    plain = lance_jax.value_and_grad(loss, trainable=trainable)
-    fast = lance_jax.value_and_grad(fast_loss, trainable=trainable)
-    trained, frozen = plain.partition(problem.params)
+def config_of(model: str, data: str, method: str, energy: float, **settings) -> Config:
+    own = {"energy": energy} if method in finetune.HAVE_ENERGY else {}
+    return tasks.config(model, data, **settings, **METHODS[method], **own)
 
-    @jax.jit
-    def one_call(trained, frozen, *batch):
-        return jax.value_and_grad(lambda t: loss(plain.merge(t, frozen), *batch))(trained)
 
+def _circumstances(rounds: int, config: Config) -> dict[str, Any]:
     return {
-        "jax.jit of jax.value_and_grad": lambda *batch: one_call(trained, frozen, *batch),
-        "in two phases": lambda *batch: plain(problem.params, *batch),
-        "lance": lambda *batch: fast(problem.params, *batch),
+        "rounds": rounds,
+        "config": config.to_dict(),
+        "versions": train.versions(),
+        "device": train.device(),
     }
 
 
-def batches(config, problem):
+def one_call(problem: Problem) -> Callable:
+    """(inputs, labels) -> (loss, gradients) by plain backprop, in one compiled program."""
+    loss = loop.loss_of(loop.for_device(problem.train_fn))
+    trainable = train.trainable_patterns("backprop", problem.layers)
+    parts = lance_jax.value_and_grad(loss, trainable=trainable)
+    trained, frozen = parts.partition(problem.params)
+
+    @jax.jit
+    def step(trained: Any, frozen: Any, *batch: Any) -> Any:
+        return jax.value_and_grad(lambda t: loss(parts.merge(t, frozen), *batch))(trained)
+
+    return functools.partial(step, trained, frozen)
+
+
+def two_phases(method: str, config: Config, problem: Problem) -> Callable:
+    """(inputs, labels) -> (loss, gradients) by a method, as the program computes them."""
+    loss = loop.loss_of(loop.for_device(forward(method, config, problem)))
+    step = lance_jax.value_and_grad(
+        loss,
+        trainable=train.trainable_patterns(config.method, problem.layers),
+        micro_batch=config.micro_batch,
+    )
+    return functools.partial(step, problem.params)
+
+
+def forward(method: str, config: Config, problem: Problem) -> Callable[[Any, Any], Any]:
+    """What a method trains, with what it does about the bytes that are kept."""
+    if method == "hosvd":
+        (ranks,) = rivals.batch_ranks(config, problem, problem.params, 1)
+        return rivals.hosvd(config, problem, ranks)
+    if method == "checkpoint":
+        _, first = train.trained_layers(problem.whole, config.trainable_layers)
+        return rivals.checkpointed(problem.whole.clone(start=first), first)
+    if config.method == "backprop":
+        return problem.train_fn
+    lance = config.method == "lance"
+    factors = train.calibration(config, problem)() if lance else lance_jax.Factors()
+    return lance_jax.compress(problem.train_fn, factors)
+
+
+# --- the decomposition alone ----------------------------------------------------------------------
+
+
+def measure_decomposition(
+    model: str, data: str, energy: float, rounds: int, **settings
+) -> dict[str, Any]:
+    """Seconds to decompose the inputs of all trained layers, and for LANCE to project them."""
+    config = config_of(model, data, "lance", energy, **settings)
+    problem = finetune.problem_of(tasks.config(model, data, **settings))
+    factors = train.calibration(config, problem)()
+    inputs = jax.jit(lambda x: rivals.layer_inputs(problem, problem.params, x))
+
+    def project(inputs: dict[str, jax.Array], core_dtype: str | None) -> Any:
+        return {
+            path: quantize.store(core(x, factors[path].bases), core_dtype)
+            for path, x in inputs.items()
+        }
+
+    calls = {
+        "decomposition": jax.jit(decompose),
+        "projection": jax.jit(functools.partial(project, core_dtype=None)),
+        "projection_int4": jax.jit(functools.partial(project, core_dtype="int4")),
+    }
+    seconds = interleaved(calls, ((inputs(x),) for x, _ in batches(config, problem)), rounds)
+    return {
+        "model": model,
+        "data": data,
+        "energy": energy,
+        "seconds": {name: median(values) for name, values in seconds.items()},
+        "ratios": {
+            name: ratio(seconds["decomposition"], seconds[name])
+            for name in calls
+            if name != "decomposition"
+        },
+        **_circumstances(rounds, config),
+    }
+
+
+def decompose(inputs: dict[str, jax.Array]) -> Any:
+    """Eigenvalues and eigenvectors of every mode of every layer input."""
+    return {
+        path: [rivals.decompose(rivals.gram(x, axis)) for axis in range(x.ndim)]
+        for path, x in inputs.items()
+    }
+
+
+def core(x: jax.Array, bases: Any) -> jax.Array:
+    """The core (batch, height, width, channel) as a compressed convolution computes it."""
+    matrices = {rivals.MODES.index(mode): basis for mode, basis in bases.items()}
+    steps = tuple((axis, *basis.shape) for axis, basis in matrices.items())
+    _, order = modes.cheapest_chain(x.size, steps)
+    return modes.apply_chain(x, matrices, order, None)
+
+
+# --- timing ---------------------------------------------------------------------------------------
+
+
+def batches(config: Config, problem: Problem) -> Iterator[tuple[jax.Array, jax.Array]]:
     """Endless training batches (inputs, labels)."""
     for indices in Loader(len(problem.train.labels), config.batch_size, config.seed):
         inputs = jnp.asarray(problem.train.read(indices))
         yield inputs, jnp.asarray(problem.train.labels[indices])
 
 
-def interleaved(steps: dict[str, Callable], batches, rounds: int) -> dict[str, list[float]]:
+def interleaved(
+    steps: dict[str, Callable], batches: Iterable[Any], rounds: int
+) -> dict[str, list[float]]:
     """Seconds of each step in each round."""
     seconds = {name: [] for name in steps}
     order = list(steps)
     shuffle = random.Random(0).shuffle
     for _, batch in zip(range(WARM_UP + rounds), batches, strict=False):
+        jax.block_until_ready(batch)
         shuffle(order)
         for name in order:
             start = time.perf_counter()

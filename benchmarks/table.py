@@ -1,7 +1,8 @@
-"""Writes README's figures from the committed results: `python -m benchmarks.table [--check]`.
+"""Writes the figures of README and docs/results.md: `python -m benchmarks.table [--check]`.
 
 Text between `<!-- begin NAME -->` and `<!-- end NAME -->` is replaced by what `blocks` says for
-NAME. `--check` writes nothing and fails if README is not up to date.
+NAME; a block stands on one page or on both. The plots are written to docs/. `--check` writes
+nothing and fails if a page or a plot is not up to date.
 """
 
 import argparse
@@ -11,193 +12,122 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
-from benchmarks import records
+from benchmarks import accuracy_tables, grid, markdown, plots, records, targets, time_tables
+from benchmarks.grid import Cell, Entry
 
-README = Path(__file__).parents[1] / "README.md"
-METHODS = {
-    "head": "head only",
-    "bias": "head and biases",
-    "backprop": "plain backprop",
-    "lance": "LANCE",
-    "paper": "LANCE, `paper` modes",
-}
-DATA = {
-    "digits": "Digits: small residual network, last {trainable_layers} convolutions, {classes}",
-    "cifar10": "CIFAR-10: MCUNet, last {trainable_layers} pointwise convolutions, {classes}",
-    "pets": "Oxford-IIIT Pet: MCUNet, last {trainable_layers} pointwise convolutions, {classes}",
-}
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/results.md")
+BYTES_PLOT, SECONDS_PLOT = "docs/accuracy-bytes.svg", "docs/accuracy-seconds.svg"
+AXES = {BYTES_PLOT: "kept for one batch, kB", SECONDS_PLOT: "time of a gradient step, ms"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="fail if README is not up to date")
+    parser.add_argument("--check", action="store_true", help="fail if anything is not up to date")
     check = parser.parse_args().check
-    old = README.read_text()
-    new = fill(old, blocks(records.RESULTS))
-    if check and new != old:
-        sys.exit("README.md differs from benchmarks/results: run python -m benchmarks.table")
-    if not check:
-        README.write_text(new)
+    texts = {page: (ROOT / page).read_text() for page in PAGES}
+    new = fill(texts, blocks(records.RESULTS))
+    if check:
+        wrong = [page for page in PAGES if new[page] != texts[page]]
+        for path, panels in drawings(records.RESULTS).items():
+            plot = ROOT / path
+            if not plot.exists() or plots.digest(panels) not in plot.read_text():
+                wrong.append(path)
+        if wrong:
+            sys.exit(
+                f"{', '.join(wrong)} differ from benchmarks/results: run python -m benchmarks.table"
+            )
+        return
+    for page, text in new.items():
+        (ROOT / page).write_text(text)
+    for path, panels in drawings(records.RESULTS).items():
+        (ROOT / path).write_text(plots.draw(panels, AXES[path]))
+
+
+def fill(texts: dict[str, str], contents: dict[str, str]) -> dict[str, str]:
+    """Pages by their paths, with each marked block replaced; no block is unknown or left over."""
+    pattern = re.compile(r"<!-- begin (\w+) -->.*?<!-- end \1 -->", re.DOTALL)
+    marked = {match[1] for text in texts.values() for match in pattern.finditer(text)}
+    if marked != contents.keys():
+        raise ValueError(
+            f"{', '.join(texts)} mark {sorted(marked)}, the results give {sorted(contents)}"
+        )
+
+    def fill_page(page: str) -> str:
+        folder = str(Path(page).parent)
+
+        def block(match: re.Match) -> str:
+            content = contents[match[1]]
+            if folder != ".":  # links are those from the root
+                content = content.replace(f"]({folder}/", "](")
+            return f"<!-- begin {match[1]} -->\n{content}\n<!-- end {match[1]} -->"
+
+        return pattern.sub(block, texts[page])
+
+    return {page: fill_page(page) for page in texts}
 
 
 def blocks(results: Path) -> dict[str, str]:
     """Markdown text by block name, from the JSON lines under `results`."""
-    finetune = by_method(records.read(results / "finetune.jsonl"))
-    gradients = newest(records.read(results / "gradients.jsonl"), "data", "seed", "when", "energy")
+    measured, counted = grid.read(results / "finetune.jsonl")
+    gradients = grid.newest(
+        records.read(results / "gradients.jsonl"), "data", "seed", "when", "energy"
+    )
+    steps = step_rows(results)
+    decompositions = grid.newest(
+        records.read(results / "decomposition.jsonl"), "model", "data", "energy"
+    )
+    milliseconds = {key: 1000 * row["seconds"] for key, row in steps.items()}
+    cpu = grid.newest(records.read(results / "cpu.jsonl"), "network", "kind", "batch_size")
     return {
-        "sentence": sentence(finetune["cifar10"]),
-        "finetune": "\n\n".join(
-            f"**{title(data, finetune[data])}**\n\n{accuracy_table(finetune[data])}"
-            for data in DATA
-            if finetune[data]
-        ),
+        "sentence": accuracy_tables.sentence(measured),
+        "main": accuracy_tables.main_table(measured, counted),
+        "plots": plot_links(results),
+        "targets": targets.table(measured, decompositions),
+        "finetune": accuracy_tables.cell_tables(measured, counted, milliseconds),
         "gradients": gradient_table(gradients),
         "energy": energy_table(gradients),
-        "step_time": step_table(
-            newest(records.read(results / "step_time.jsonl"), "data", "baseline", "device")
-        ),
+        "step_time": time_tables.step_table(steps),
+        "decomposition": time_tables.decomposition_table(decompositions),
+        "cpu": time_tables.cpu_tables(cpu),
     }
 
 
-def fill(text: str, contents: dict[str, str]) -> str:
-    """`text` with each marked block replaced; block names must match the markers exactly."""
-    pattern = re.compile(r"<!-- begin (\w+) -->.*?<!-- end \1 -->", re.DOTALL)
-    marked = [match[1] for match in pattern.finditer(text)]
-    if sorted(marked) != sorted(contents):
-        raise ValueError(f"README marks {sorted(marked)}, the results give {sorted(contents)}")
-    return pattern.sub(
-        lambda match: f"<!-- begin {match[1]} -->\n{contents[match[1]]}\n<!-- end {match[1]} -->",
-        text,
-    )
+def step_rows(results: Path) -> dict[tuple[Cell, Entry], dict]:
+    """The newest time of each method in each cell."""
+    return {
+        ((row["model"], row["data"]), grid.entry(row["method"], row["config"])): row
+        for row in records.read(results / "step_time.jsonl")
+    }
 
 
-def newest(rows: list[dict], *keys: str) -> list[dict]:
-    """The last written of the rows that agree in all keys."""
-    return list({tuple(row[key] for key in keys): row for row in rows}.values())
+def drawings(results: Path) -> dict[str, plots.Panels]:
+    """What each plot shows, by its path; a plot of nothing is left out."""
+    measured, counted = grid.read(results / "finetune.jsonl")
+    seconds = {key: row["seconds"] for key, row in step_rows(results).items()}
+    found = {
+        BYTES_PLOT: plots.against_bytes(measured, counted),
+        SECONDS_PLOT: plots.against_seconds(measured, seconds),
+    }
+    return {path: panels for path, panels in found.items() if panels}
 
 
-def by_method(cells: list[dict]) -> defaultdict[str, defaultdict[str, dict[int, dict]]]:
-    """Test cells as data -> method -> seed -> cell, of the configuration last measured.
-
-    Of a grid that is not finished, the methods that have all of backprop's seeds, two at least.
-    """
-    table = defaultdict(lambda: defaultdict(dict))
-    for cell in cells:
-        if cell["split"] == "test":
-            runs = table[cell["data"]][cell["method"]]
-            if any(settings(run) != settings(cell) for run in runs.values()):
-                runs.clear()
-            runs[cell["seed"]] = cell
-    for runs in table.values():
-        seeds = runs["backprop"].keys()
-        for method in list(runs):
-            if len(seeds) < 2 or not seeds <= runs[method].keys():
-                del runs[method]
-    return table
-
-
-def settings(cell: dict) -> dict:
-    """What the cells of one method have in common."""
-    return {**cell["result"]["config"], "seed": None}
-
-
-def title(data: str, runs: dict[str, dict[int, dict]]) -> str:
-    config = next(iter(runs["backprop"].values()))["result"]["config"]
-    names = config["classes"]
-    classes = f"{len(names.split(','))} of its classes" if names else "all classes"
-    return DATA[data].format(trainable_layers=config["trainable_layers"], classes=classes)
-
-
-def spread(values: list[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation."""
-    return float(np.mean(values)), float(np.std(values, ddof=1))
-
-
-def paired(runs: dict[int, dict], reference: dict[int, dict]) -> tuple[float, float, float]:
-    """Mean difference in test accuracy over common seeds, and its 95 % t interval, in points."""
-    seeds = sorted(runs.keys() & reference.keys())
-    ours, theirs = (
-        [100 * cells[seed]["result"]["test_accuracy"] for seed in seeds]
-        for cells in (runs, reference)
-    )
-    interval = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
-    return float(np.mean(ours) - np.mean(theirs)), float(interval.low), float(interval.high)
-
-
-def gain(result: dict, count: str) -> float:
-    """Times fewer bytes kept than by plain backprop; `count` is layer_inputs or total."""
-    return result["saved_bytes_backprop"][count] / result["saved_bytes"][count]
-
-
-def sentence(runs: dict[str, dict[int, dict]]) -> str:
-    """The claim, from the CIFAR-10 runs."""
-    if not {"lance", "backprop"} <= runs.keys():
-        return "(no results yet)"
-    lance, backprop = runs["lance"], runs["backprop"]
-    accuracy, plain = (
-        np.mean([100 * cell["result"]["test_accuracy"] for cell in cells.values()])
-        for cells in (lance, backprop)
-    )
-    difference, low, high = paired(lance, backprop)
-    result = next(iter(lance.values()))["result"]
-    return (
-        f"Fine-tuning MCUNet on CIFAR-10, LANCE keeps {gain(result, 'total'):.1f} times fewer "
-        "bytes for the backward pass than plain backprop "
-        f"({gain(result, 'layer_inputs'):.0f} times fewer for the layers' inputs) "
-        f"at {accuracy:.1f} % against {plain:.1f} % test accuracy "
-        f"({len(lance)} seeds, paired difference {difference:+.1f} points, "
-        f"95 % interval {low:+.1f} to {high:+.1f})."
-    )
-
-
-def accuracy_table(runs: dict[str, dict[int, dict]]) -> str:
-    """One row a method: accuracy, difference to backprop, training loss, bytes."""
-    rows = [accuracy_row(method, runs) for method in METHODS if method in runs]
-    return markdown(
-        [
-            "kept for the backward pass",
-            "learning rate",
-            "test accuracy, %",
-            "minus backprop (95 % interval)",
-            "training loss",
-            "kept, kB: layer inputs / all",
-            "times fewer, all",
-        ],
-        rows,
-    )
-
-
-def accuracy_row(method: str, runs: dict[str, dict[int, dict]]) -> list[str]:
-    cells = runs[method]
-    results = [cell["result"] for cell in cells.values()]
-    mean, deviation = spread([100 * result["test_accuracy"] for result in results])
-    against = "0"
-    if method != "backprop":
-        difference, low, high = paired(cells, runs["backprop"])
-        against = f"{difference:+.1f} ({low:+.1f} to {high:+.1f})"
-    saved = results[0]["saved_bytes"]
-    return [
-        METHODS[method],
-        f"{next(iter(cells.values()))['learning_rate']:g}",
-        f"{mean:.1f} ± {deviation:.1f}, n = {len(results)}",
-        against,
-        f"{np.mean([result['loss'] for result in results]):.3f}",
-        f"{saved['layer_inputs'] / 1000:,.0f} / {saved['total'] / 1000:,.0f}",
-        f"{gain(results[0], 'total'):.1f}",
-    ]
+def plot_links(results: Path) -> str:
+    alt = {BYTES_PLOT: "Accuracy against bytes kept", SECONDS_PLOT: "Accuracy against time"}
+    return "\n\n".join(f"![{alt[path]}]({path})" for path in drawings(results)) or markdown.NOTHING
 
 
 def gradient_table(rows: list[dict]) -> str:
-    """Cosine of LANCE's and plain backprop's weight gradients by layer, at the default energy."""
+    """Cosine of LANCE's and plain backprop's weight gradients by layer, at the program's energy."""
     cosines = defaultdict(lambda: defaultdict(list))
+    shown = rows[-1]["config"]["energy"] if rows else grid.default_energy()
     for row in rows:
-        if row["energy"] == row["config"]["energy"]:
+        if row["energy"] == row["config"]["energy"] == shown:
             for path, cosine in row["cosines"].items():
                 cosines[path][row["when"]].append(cosine)
-    return markdown(
-        ["layer", "after calibration", "at the end of training"],
+    return markdown.table(
+        ["layer", *(f"{when}, energy {shown}" for when in ("after calibration", "at the end"))],
         [
             [f"`{path}`", *(mean_and_least(by_moment[when]) for when in ("calibration", "end"))]
             for path, by_moment in cosines.items()
@@ -212,10 +142,14 @@ def energy_table(rows: list[dict]) -> str:
         if row["when"] == "calibration":
             gains[row["energy"]].append(row["times_fewer"])
             cosines[row["energy"]].append(min(row["cosines"].values()))
-    return markdown(
+    return markdown.table(
         ["energy", "times fewer bytes, all", "worst layer's cosine"],
         [
-            [f"{energy:g}", f"{np.mean(gains[energy]):.1f}", mean_and_least(cosines[energy])]
+            [
+                f"{energy:g}" + (" (default)" if energy == grid.default_energy() else ""),
+                f"{np.mean(gains[energy]):.1f}",
+                mean_and_least(cosines[energy]),
+            ]
             for energy in sorted(gains)
         ],
     )
@@ -223,30 +157,6 @@ def energy_table(rows: list[dict]) -> str:
 
 def mean_and_least(values: list[float]) -> str:
     return f"{np.mean(values):.3f} (least {min(values):.3f}, n = {len(values)})"
-
-
-def step_table(rows: list[dict]) -> str:
-    """Time of a LANCE step over that of plain backprop, steps interleaved in one process."""
-    return markdown(
-        ["data", "plain backprop", "its ms", "LANCE, ms", "ratio (95 % interval)", "device"],
-        [
-            [
-                row["data"],
-                row["baseline"],
-                f"{1000 * row['seconds']['backprop']:.0f}",
-                f"{1000 * row['seconds']['lance']:.0f}",
-                f"{row['ratio']['median']:.2f} ({row['ratio']['low']:.2f} to "
-                f"{row['ratio']['high']:.2f})",
-                row["device"],
-            ]
-            for row in rows
-        ],
-    )
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

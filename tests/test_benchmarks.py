@@ -134,13 +134,38 @@ def assert_equal_gradients(plain, other):
     jax.tree.map(assert_close, found, jax.tree.map(lambda x: np.asarray(x, np.float64), expected))
 
 
-def test_step_time_measures_both_forms_of_plain_backprop(tmp_path):
-    found = step_time.measure("digits", rounds=4, **SMALL)
+def test_step_time_measures_each_method_against_plain_backprop(tmp_path):
+    methods = ("backprop", "backprop2", "lance", "checkpoint", "head")
+    found = step_time.measure("digits", "digits", 0.9, 4, methods, **SMALL)
+    assert [record["method"] for record in found] == [step_time.PLAIN, *methods]
     for record in found:
         records.append(tmp_path / "step_time.jsonl", record)
         ratio = record["ratio"]
         assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
-    assert table.blocks(tmp_path)["step_time"].count("\n| digits |") == len(found) == 2
+    assert found[0]["ratio"]["median"] == 1
+    assert found[3]["config"]["energy"] == 0.9
+    assert table.blocks(tmp_path)["step_time"].count("\n| ") == len(found) + 1
+
+
+def test_decomposition_and_projection_are_of_the_same_inputs(tmp_path):
+    found = step_time.measure_decomposition("digits", "digits", 0.9, 2, **SMALL)
+    seconds = found["seconds"]
+    assert set(seconds) == {"decomposition", "projection", "projection_int4"}
+    assert all(value > 0 for value in seconds.values())
+    assert set(found["ratios"]) == {"projection", "projection_int4"}
+    records.append(tmp_path / "decomposition.jsonl", found)
+    assert "digits | 0.9 |" in table.blocks(tmp_path)["decomposition"]
+
+
+def test_core_is_the_projection_of_every_mode():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 4, 5, 6)).astype("float32")
+    bases = {
+        mode: np.linalg.qr(rng.normal(size=(n, n)))[0][:, :r].astype("float32")
+        for mode, n, r in (("height", 4, 2), ("width", 5, 3), ("channel", 6, 4))
+    }
+    expected = np.einsum("nhwc,hi,wj,ck->nijk", x.astype("float64"), *bases.values())
+    assert_close(step_time.core(jnp.asarray(x), bases), expected)
 
 
 def test_ratio_is_of_medians_within_its_interval():

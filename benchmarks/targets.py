@@ -1,0 +1,143 @@
+"""What LANCE is to reach, and whether it does, computed from the results.
+
+Judged where weight gradients pay: in the cells in which plain backprop is ahead of training head
+and biases alone by `WORTH` points of test accuracy.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from benchmarks import grid, markdown
+from benchmarks.grid import BACKPROP, BIAS, Cell, Entry, Measured, Runs
+
+WORTH = 1.0  # points
+DIFFERENCE = -0.5  # points, mean over the cells
+INTERVAL = -1.5  # points: no cell's interval is wholly below
+FEWER = 13.0  # times
+SLOWER = 20.0  # times
+
+Row = tuple[str, str, str]  # target, what was measured, verdict
+
+
+def judged(measured: Measured) -> dict[Cell, dict[Entry, Runs]]:
+    """The cells in which LANCE is judged."""
+    needed = {BACKPROP, BIAS, grid.lance()}
+    return {
+        cell: measured[cell]
+        for cell in grid.JUDGED
+        if needed <= measured.get(cell, {}).keys()
+        and grid.paired(measured[cell][BACKPROP], measured[cell][BIAS])[0] >= WORTH
+    }
+
+
+def finished(measured: Measured) -> bool:
+    """Whether all cells have what decides if LANCE is judged in them."""
+    needed = {BACKPROP, BIAS, grid.lance()}
+    return all(needed <= measured.get(cell, {}).keys() for cell in grid.JUDGED)
+
+
+def rows(measured: Measured, decompositions: list[dict]) -> list[Row]:
+    cells = judged(measured)
+    over = bool(cells) and finished(measured)
+    found = [
+        _difference(cells, over),
+        _interval(cells, over),
+        _bytes(cells, over),
+        *(_ahead(Entry(m), cells, over) for m in ("paper", "bias", "backprop2")),
+        _quantised(cells, over),
+    ]
+    return [*found, _decomposition(decompositions)]
+
+
+def _verdict(met: bool, finished: bool) -> str:
+    return ("met" if met else "missed") + ("" if finished else ", so far")
+
+
+def _difference(cells: Measured, finished: bool) -> Row:
+    target = f"accuracy minus plain backprop's, mean over the cells: {DIFFERENCE} points or better"
+    if not cells:
+        return target, "", "not measured"
+    found = {c: grid.paired(runs[grid.lance()], runs[BACKPROP])[0] for c, runs in cells.items()}
+    mean = float(np.mean(list(found.values())))
+    worst = _extreme(min, found)
+    return target, f"{mean:+.2f}; least {worst}", _verdict(mean >= DIFFERENCE, finished)
+
+
+def _interval(cells: Measured, finished: bool) -> Row:
+    target = f"no cell's 95 % interval of that difference wholly below {INTERVAL}"
+    if not cells:
+        return target, "", "not measured"
+    upper = {c: grid.paired(runs[grid.lance()], runs[BACKPROP])[2] for c, runs in cells.items()}
+    met = min(upper.values()) >= INTERVAL
+    return target, f"lowest upper end {_extreme(min, upper)}", _verdict(met, finished)
+
+
+def _bytes(cells: Measured, finished: bool) -> Row:
+    target = f"bytes kept in all: {FEWER:g} times fewer than plain backprop in every cell"
+    if not cells:
+        return target, "", "not measured"
+    found = [grid.gain(runs[grid.lance()]) for runs in cells.values()]
+    return target, markdown.span(found), _verdict(min(found) >= FEWER, finished)
+
+
+def _ahead(rival: Entry, cells: Measured, finished: bool) -> Row:
+    target = f"accuracy ahead of {rival.name} in every cell"
+    both = {c: runs for c, runs in cells.items() if rival in runs}
+    if not both:
+        return target, "", "not measured"
+    found = {c: grid.paired(runs[grid.lance()], runs[rival])[0] for c, runs in both.items()}
+    mean = float(np.mean(list(found.values())))
+    verdict = _verdict(min(found.values()) > 0, finished and len(both) == len(cells))
+    return target, f"{mean:+.2f} on average; least {_extreme(min, found)}", verdict
+
+
+def _quantised(cells: Measured, finished: bool) -> Row:
+    rival = Entry("int4")
+    target = (
+        f"fewer bytes than {rival.name} at equal accuracy (the intervals overlap) in every cell"
+    )
+    both = {c: runs for c, runs in cells.items() if rival in runs}
+    if not both:
+        return target, "", "not measured"
+    more, equal = [], 0
+    for runs in both.values():
+        more.append(grid.kept(runs[rival]) / grid.kept(runs[grid.lance()]))
+        (_, low, high), (_, rival_low, rival_high) = (
+            grid.paired(runs[one], runs[BACKPROP]) for one in (grid.lance(), rival)
+        )
+        equal += low <= rival_high and rival_low <= high
+    met = min(more) > 1 and equal == len(both)
+    text = (
+        f"{markdown.span(more)} times fewer; the intervals overlap in {equal} of {len(both)} cells"
+    )
+    return target, text, _verdict(met, finished and len(both) == len(cells))
+
+
+def _decomposition(rows: list[dict]) -> Row:
+    target = f"HOSVD of a step's layer inputs {SLOWER:g} times slower than LANCE's projection"
+    rows = [row for row in rows if row["energy"] == grid.default_energy()]
+    if not rows:
+        return target, "", "not measured"
+    ratios = [row["ratios"]["projection"] for row in rows]
+    text = "; ".join(
+        f"{grid.MODELS[row['model']]} {markdown.ratio(ratio, 0)}"
+        for row, ratio in zip(rows, ratios, strict=True)
+    )
+    whole = {row["model"] for row in rows} >= {model for model, _ in grid.JUDGED}
+    return target, text, _verdict(min(ratio["median"] for ratio in ratios) >= SLOWER, whole)
+
+
+def _extreme(choose: Callable, found: dict[Cell, float]) -> str:
+    cell = choose(found, key=lambda c: found[c])
+    return f"{found[cell]:+.2f} ({grid.cell_name(cell)})"
+
+
+def table(measured: Measured, decompositions: list[dict]) -> str:
+    cells = judged(measured)
+    names = "; ".join(grid.cell_name(cell) for cell in cells) or "none yet"
+    if not finished(measured):
+        names += ". Not all cells are measured"
+    text = f"Judged where plain backprop is ahead of head and biases by a point: {names}."
+    found = [list(row) for row in rows(measured, decompositions)]
+    return f"{text}\n\n{markdown.table(['target', 'measured', ''], found)}"
