@@ -13,7 +13,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from lance_jax import train
+from lance_jax import devices, train
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "digits.py"
 
@@ -66,4 +66,5 @@ def _stop(error: object) -> NoReturn:
 
 
 if __name__ == "__main__":
+    devices.use_cores()
     app.run(main, flags_parser=_parse_flags)

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lance_jax import devices
 from lance_jax.config import METHODS
 from lance_jax.loader import read_ahead
 from lance_jax.loop import for_device
@@ -143,13 +144,14 @@ def predict(
     batches = [images[start : start + size] for start in range(0, len(images), size)]
     logits = for_device(apply_fn(network))
     forward = jax.jit(lambda params, x: jax.nn.softmax(logits(params, x)))
-    params = jax.device_put(as_params(variables))
+    mesh = devices.mesh_for(size)
+    params = devices.replicate(as_params(variables), mesh)
     for pictures in read_ahead(lambda batch: _read(batch, network.picture), batches):
         x = np.zeros((size, *network.picture), np.float32)  # always full: no second compile
         for place, picture in enumerate(pictures):
             if not isinstance(picture, ValueError):
                 x[place] = picture
-        probabilities = np.asarray(forward(params, x))
+        probabilities = np.asarray(forward(params, devices.spread(x, mesh)))
         for picture, row in zip(pictures, probabilities, strict=False):
             yield picture if isinstance(picture, ValueError) else row
 
@@ -204,4 +206,5 @@ def _one_line(error: object) -> str:
 
 
 if __name__ == "__main__":
+    devices.use_cores()
     main()

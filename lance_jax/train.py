@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lance_jax
-from lance_jax import data, metrics
+from lance_jax import data, devices, metrics
 from lance_jax.config import Config, check, claim, names, needs_whole_batch
 from lance_jax.features import Features, features
 from lance_jax.folder import folder_pictures
@@ -258,10 +258,12 @@ def frozen_features(
     used = shapes(prefix)
     frozen = {name: _entries(variables[name], used[name]) for name in used}
     forward = jax.jit(for_device(prefix.apply))
+    mesh = devices.mesh_for(PREFIX_BATCH)
+    copies = devices.replicate(frozen, mesh)
 
     return {
         split: features(
-            lambda images: np.asarray(forward(frozen, images)),
+            lambda images: np.asarray(forward(copies, devices.spread(images, mesh))),
             part,
             weights=[repr(prefix), *map(np.asarray, jax.tree.leaves(frozen))],
             batch_size=PREFIX_BATCH,
@@ -375,8 +377,10 @@ def accuracy(problem: Problem, params: Any, batch_size: int) -> float:
     # a full last batch: no second compile
     batches = [np.arange(start, start + batch_size) % n for start in range(0, n, batch_size)]
     inputs = read_ahead(problem.evaluation.read, batches)
+    mesh = devices.mesh_for(batch_size)
+    params = devices.replicate(params, mesh)
     for start, indices, batch in zip(range(0, n, batch_size), batches, inputs, strict=True):
-        predicted = np.asarray(predict(params, jnp.asarray(batch)))
+        predicted = np.asarray(predict(params, devices.spread(batch, mesh)))
         right += int((predicted == labels[indices])[: n - start].sum())
     return right / n
 

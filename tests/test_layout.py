@@ -44,6 +44,7 @@ ORDER = [
     "metrics",
     "config",
     "timing",
+    "devices",
     "loop",
     "train",
     "main",
