@@ -30,8 +30,8 @@ def sentence(measured: Measured) -> str:
         over += f" and {len(cells)} cells, {min(differences):+.1f} to {max(differences):+.1f}"
     return (
         f"Fine-tuning {place}, LANCE{energy} keeps {fewer} times fewer bytes for the backward pass "
-        f"than plain backprop, at a difference in test accuracy of {np.mean(differences):+.1f} points "
-        f"({over})."
+        f"than plain backprop, at a difference in test accuracy of {np.mean(differences):+.1f} "
+        f"points ({over})."
     )
 
 
