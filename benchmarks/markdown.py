@@ -13,8 +13,9 @@ def difference(mean: float, low: float, high: float) -> str:
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def ratio(found: dict[str, float], digits: int = 2) -> str:
+def ratio(found: dict[str, float]) -> str:
     """A ratio and its interval, as `step_time.ratio` gives them."""
+    digits = 2 if found["median"] < 10 else 1
     middle, low, high = (f"{found[end]:.{digits}f}" for end in ("median", "low", "high"))
     return f"{middle} ({low} to {high})"
 

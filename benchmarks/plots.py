@@ -76,8 +76,12 @@ def _accuracy(entry: Entry, found: dict[Entry, grid.Runs]) -> tuple[float, float
 
 
 def digest(panels: Panels) -> str:
-    """Of what is drawn; it stands in the drawing."""
-    values = [[list(cell), points] for cell, points in panels.items()]
+    """Of what is drawn, but for rounding; it stands in the drawing."""
+    values = [
+        [*cell, *point.entry, *(round(value, 6) for value in point[1:])]
+        for cell, points in panels.items()
+        for point in points
+    ]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 

@@ -161,7 +161,7 @@ def measure_decomposition(
     config = config_of(model, data, "lance", energy, **settings)
     problem = finetune.problem_of(tasks.config(model, data, **settings))
     factors = train.calibration(config, problem)()
-    inputs = jax.jit(lambda x: rivals.layer_inputs(problem, problem.params, x))
+    inputs = jax.jit(loop.for_device(functools.partial(rivals.layer_inputs, problem)))
 
     def project(inputs: dict[str, jax.Array], core_dtype: str | None) -> Any:
         return {
@@ -174,7 +174,8 @@ def measure_decomposition(
         "projection": jax.jit(functools.partial(project, core_dtype=None)),
         "projection_int4": jax.jit(functools.partial(project, core_dtype="int4")),
     }
-    seconds = interleaved(calls, ((inputs(x),) for x, _ in batches(config, problem)), rounds)
+    examples = ((inputs(problem.params, x),) for x, _ in batches(config, problem))
+    seconds = interleaved(calls, examples, rounds)
     return {
         "model": model,
         "data": data,

@@ -121,7 +121,7 @@ def _decomposition(rows: list[dict]) -> Row:
         return target, "", "not measured"
     ratios = [row["ratios"]["projection"] for row in rows]
     text = "; ".join(
-        f"{grid.MODELS[row['model']]} {markdown.ratio(ratio, 0)}"
+        f"{grid.MODELS[row['model']]} {markdown.ratio(ratio)}"
         for row, ratio in zip(rows, ratios, strict=True)
     )
     whole = {row["model"] for row in rows} >= {model for model, _ in grid.JUDGED}

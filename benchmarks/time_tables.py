@@ -55,7 +55,7 @@ def decomposition_table(rows: list[dict]) -> str:
         found = [f"{grid.cell_name((of['model'], of['data']))}", f"{of['energy']:g}"]
         found.append(f"{1000 * seconds['decomposition']:.1f}")
         for name in ("projection", "projection_int4"):
-            found += [f"{1000 * seconds[name]:.2f}", markdown.ratio(ratios[name], 0)]
+            found += [f"{1000 * seconds[name]:.2f}", markdown.ratio(ratios[name])]
         return found
 
     return markdown.table(header, [row(of) for of in rows])
@@ -95,7 +95,5 @@ def cpu_row(row: dict) -> list[str]:
             continue
         size = row["micro_batch"].get(name)
         found.append(f"{1000 * seconds[name]:.1f}" + (f" (in parts of {size})" if size else ""))
-        found += [
-            markdown.ratio(row["ratios"][f"{other} / {name}"], 1) for other in ("jax", "torch")
-        ]
+        found += [markdown.ratio(row["ratios"][f"{other} / {name}"]) for other in ("jax", "torch")]
     return found

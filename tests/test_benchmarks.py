@@ -135,9 +135,9 @@ def assert_equal_gradients(plain, other):
 
 
 def test_step_time_measures_each_method_against_plain_backprop(tmp_path):
-    methods = ("backprop", "backprop2", "lance", "checkpoint", "head")
+    methods = ("backprop2", "lance", "checkpoint")
     found = step_time.measure("digits", "digits", 0.9, 4, methods, **SMALL)
-    assert [record["method"] for record in found] == [step_time.PLAIN, *methods]
+    assert [record["method"] for record in found] == [step_time.PLAIN, "backprop", *methods]
     for record in found:
         records.append(tmp_path / "step_time.jsonl", record)
         ratio = record["ratio"]
@@ -176,15 +176,15 @@ def test_ratio_is_of_medians_within_its_interval():
 
 def test_gradients_measures_every_layer_at_both_moments(tmp_path):
     energy = config().energy
-    found = list(gradients.measure("digits", "digits", 0, [energy], **SMALL))
+    found = list(gradients.measure("digits", "digits", 0, [energy], **SMALL, trainable_layers=2))
     assert [record["when"] for record in found] == ["calibration", "end"]
     assert found[0]["times_fewer"] == found[1]["times_fewer"] > 1
     for record in found:
         records.append(tmp_path / "gradients.jsonl", record)
-        assert len(record["cosines"]) == 4
+        assert len(record["cosines"]) == 2
         assert all(0 < cosine <= 1 + 1e-6 for cosine in record["cosines"].values())
         assert record["energy"] == energy
-    assert table.blocks(tmp_path)["gradients"].count("blocks_") == 4
+    assert table.blocks(tmp_path)["gradients"].count("blocks_") == 2
 
 
 def test_cosine():

@@ -216,7 +216,7 @@ def test_cpu_times_are_shown_with_micro_batches_and_ratios(tmp_path):
     for record in (step, cpu("forward", ["lance_jax"])):
         records.append(tmp_path / "cpu.jsonl", record)
     text = table.blocks(tmp_path)["cpu"]
-    two, three = "2.0 (1.5 to 9.0)", "3.0 (1.5 to 9.0)"
+    two, three = "2.00 (1.50 to 9.00)", "3.00 (1.50 to 9.00)"
     start = ["32", "1.0", "2.0", "3.0", two, two]
     assert rows(text, "inference") == [[*start, "", "", ""]]
     assert rows(text, "step, all layers") == [[*start, "4.0 (in parts of 4)", three, three]]
@@ -238,12 +238,12 @@ def ratio(median, model="mcunet"):
 def fill_grid(results, lance, **total):
     path = results / "finetune.jsonl"
     path.write_text("")
+    rng = np.random.default_rng(0)  # differences vary a little from seed to seed
     for cell in grid.JUDGED:
         add(path, "backprop", PLAIN, cell=cell)
-        shifts = {"lance": lance, "bias": -2.0, "paper": -1.5, "backprop2": -1.2, "int4": -0.1}
+        shifts = {"lance": lance, "bias": -2.0, "paper": -1.5, "backprop2": -1.2, "int4": -0.2}
         for method, shift in shifts.items():
-            # differences vary a little from seed to seed
-            accuracies = [a + (shift + 0.1 * (-1) ** i) / 100 for i, a in enumerate(PLAIN)]
+            accuracies = [a + (shift + rng.uniform(-0.05, 0.05)) / 100 for a in PLAIN]
             add(path, method, accuracies, cell=cell, total=total.get(method, 600_000))
 
 
@@ -261,7 +261,7 @@ def test_targets_are_met_and_missed(results):
 def test_targets_count_only_cells_where_weight_gradients_pay(results):
     fill_grid(results, -0.2, int4=700_000)
     path = results / "finetune.jsonl"
-    add(path, "bias", PLAIN, cell=CELL)
+    add(path, "bias", [a - 0.001 * i for i, a in enumerate(PLAIN)], cell=CELL)
     add(path, "lance", [0.1] * 5, cell=CELL)
     assert CELL not in targets.judged(measured(results)) and verdicts(results)[:2] == ["met"] * 2
 
