@@ -235,13 +235,13 @@ def ratio(median, model="mcunet"):
     return {"model": model, "energy": DEFAULT, "ratios": ratios}
 
 
-def fill_grid(results, lance, **total):
+def fill_grid(results, difference, **total):
     path = results / "finetune.jsonl"
     path.write_text("")
     rng = np.random.default_rng(0)  # differences vary a little from seed to seed
     for cell in grid.JUDGED:
         add(path, "backprop", PLAIN, cell=cell)
-        shifts = {"lance": lance, "bias": -2.0, "paper": -1.5, "backprop2": -1.2, "int4": -0.2}
+        shifts = {"lance": difference, "bias": -2.0, "paper": -1.5, "backprop2": -1.2, "int4": -0.2}
         for method, shift in shifts.items():
             accuracies = [a + (shift + rng.uniform(-0.05, 0.05)) / 100 for a in PLAIN]
             add(path, method, accuracies, cell=cell, total=total.get(method, 600_000))
