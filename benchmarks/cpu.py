@@ -9,7 +9,6 @@ interval of a ratio of medians is a paired bootstrap over rounds. Needs torch.
 
 import argparse
 import functools
-import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -29,6 +28,7 @@ from lance_jax.models import weights
 from lance_jax.models.mobilenet import MobileNetV2
 from lance_jax.models.network import Network
 from lance_jax.models.resnet import ResNet
+from lance_jax.timing import least_seconds
 
 NETWORKS = ("mcunet-5fps", "mbv2-w0.35", "mobilenetv2-1.0", "resnet18")
 KINDS = ("forward", "last4", "all")
@@ -177,17 +177,10 @@ def torch_step(
     return step
 
 
-def fastest(candidates: list[Callable], rounds: int = 3) -> Callable:
-    """The one with the least time, after two calls that compile and warm up."""
-    least = []
-    for run in candidates:
-        times = []
-        for _ in range(2 + rounds):
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            times.append(time.perf_counter() - start)
-        least.append(min(times[2:]))
-    return candidates[least.index(min(least))]
+def fastest(candidates: list[Callable]) -> Callable:
+    """The one with the least time."""
+    seconds = least_seconds(dict(enumerate(candidates)))
+    return candidates[min(seconds, key=lambda i: seconds[i])]
 
 
 if __name__ == "__main__":
