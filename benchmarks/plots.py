@@ -6,13 +6,11 @@ import json
 from typing import Any, NamedTuple
 
 import matplotlib
+from matplotlib import ticker
+from matplotlib.figure import Figure
 
-matplotlib.use("svg")  # before pyplot
-
-from matplotlib import pyplot, ticker  # noqa: E402
-
-from benchmarks import grid  # noqa: E402
-from benchmarks.grid import BACKPROP, Cell, Entry, Measured  # noqa: E402
+from benchmarks import grid
+from benchmarks.grid import BACKPROP, Cell, Entry, Measured
 
 # exact methods black, LANCE red, other compression blue, methods that train less green
 STYLES = {
@@ -90,9 +88,8 @@ def draw(panels: Panels, label: str) -> str:
     rows = -(-len(panels) // COLUMNS)
     settings: Any = {"svg.hashsalt": "lance_jax", "svg.fonttype": "none", "font.size": 9}
     with matplotlib.rc_context(settings):
-        figure, axes = pyplot.subplots(
-            rows, COLUMNS, figsize=(COLUMNS * WIDTH, rows * HEIGHT + 1.2), squeeze=False
-        )
+        figure = Figure(figsize=(COLUMNS * WIDTH, rows * HEIGHT + 1.2))
+        axes = figure.subplots(rows, COLUMNS, squeeze=False)
         handles = {}
         for axis, (cell, points) in zip(axes.flat, panels.items(), strict=False):
             for point in points:
@@ -118,7 +115,6 @@ def draw(panels: Panels, label: str) -> str:
         file = io.StringIO()
         metadata = {"Date": None, "Creator": None, "Description": digest(panels)}
         figure.savefig(file, format="svg", metadata=metadata)
-        pyplot.close(figure)
     # The lines end in spaces, which nothing needs.
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
 

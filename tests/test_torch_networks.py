@@ -4,16 +4,16 @@ import jax
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="torch comes with the extra `benchmarks`")
+from lance_jax.models import network as networks
+from lance_jax.models.layers import Block
+from lance_jax.models.mcunet import MCUNet, Stem
+from lance_jax.models.mobilenet import MobileNetV2
+from lance_jax.models.resnet import ResNet
+from tests.tolerances import assert_close
 
-# After the check, since they import torch.
+pytest.importorskip("torch", reason="torch comes with the extra `benchmarks`")
+# Only below the check, since this module imports torch, which most installations do not have.
 from benchmarks import cpu, torch_networks  # noqa: E402
-from lance_jax.models import network as networks  # noqa: E402
-from lance_jax.models.layers import Block  # noqa: E402
-from lance_jax.models.mcunet import MCUNet, Stem  # noqa: E402
-from lance_jax.models.mobilenet import MobileNetV2  # noqa: E402
-from lance_jax.models.resnet import ResNet  # noqa: E402
-from tests.tolerances import assert_close  # noqa: E402
 
 BLOCKS = (
     Block(3, 1, 4, 4, 6, False, False),

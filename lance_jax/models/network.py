@@ -44,7 +44,8 @@ class Network(nn.Module, kw_only=True):
     def names(self) -> dict[str, str]:
         """Modules of the published weights -> modules here ("fc" -> "head").
 
-        Parameters outside any module have the same name in both.
+        Parameters outside any module have the same name in both. Each kind of network that weights
+        are loaded into says its own; one without them can still be trained from scratch.
         """
         raise NotImplementedError(f"there are no published weights of a {type(self).__name__}")
 
