@@ -12,7 +12,8 @@ from benchmarks import finetune, gradients, records, rivals, step_time, table, t
 from lance_jax import loop, train
 from tests.tolerances import assert_close
 
-SMALL = {"epochs": 1, "pretrain": {"epochs": 1}, "calibration_batches": 2}
+# the same in all tests, so that they share what is pretrained
+SMALL = {**finetune.FIXED, "epochs": 1, "pretrain": {"epochs": 1}, "calibration_batches": 2}
 KEY = {"model": "digits", "data": "digits", "split": "test", "learning_rate": 0.1}
 
 
@@ -68,16 +69,16 @@ def test_finetune_runs_each_cell_once(tmp_path, monkeypatch):
 
 
 def test_finetune_and_the_program_agree_on_what_a_result_holds(tmp_path):
-    path = tmp_path / "cell.jsonl"
-    result = finetune.cell({**KEY, "method": "paper", "seed": 0}, path, None, **SMALL)
+    path, key = tmp_path / "cell.jsonl", {**KEY, "method": "int4", "seed": 0}
+    result = finetune.cell(key, path, None, **SMALL, trainable_layers=2)
     (record,) = records.read(path)
-    assert record["result"] == result and record["method"] == "paper"
-    assert result["ranks"] and result["config"]["modes"] == "paper"
-    for method, seed in itertools.product(("backprop", "paper"), (0, 1)):
+    assert record["result"] == result and record["method"] == "int4"
+    assert result["ranks"] and result["config"]["modes"] == "none"
+    for method, seed in itertools.product(("backprop", "int4"), (0, 1)):
         again = {**record, "method": method, "seed": seed}
         records.append(tmp_path / "finetune.jsonl", again)
     text = table.blocks(tmp_path)["finetune"]
-    assert "plain backprop" in text and "`paper`" in text and "n = 2" in text
+    assert "plain backprop" in text and "int4 inputs" in text and "n = 2" in text
 
 
 def test_a_cell_of_the_decomposition_counts_its_own_bytes(tmp_path):
@@ -89,13 +90,11 @@ def test_a_cell_of_the_decomposition_counts_its_own_bytes(tmp_path):
 
 
 def config(method="backprop", **settings):
-    return tasks.config(
-        "digits", "digits", **finetune.FIXED, **SMALL, **finetune.METHODS[method], **settings
-    )
+    return tasks.config("digits", "digits", **SMALL, **finetune.METHODS[method], **settings)
 
 
 def problem():
-    return finetune.problem_of(tasks.config("digits", "digits", **finetune.FIXED, **SMALL))
+    return finetune.problem_of(tasks.config("digits", "digits", **SMALL))
 
 
 def test_the_methods_that_equal_backprop_have_its_gradients_and_fewer_bytes(tmp_path):
