@@ -3,8 +3,9 @@
 The same weights and pictures, all cores, every variant in turn in each round, in random order. A
 step is the loss and the gradients of the trained parameters (the last 4 layers and a head, or all),
 without the optimiser. Plain JAX is `jax.jit` of `jax.value_and_grad`; PyTorch runs in the better of
-its two memory formats, measured; this library runs at the fastest micro-batch of those tried. The
-interval of a ratio of medians is a paired bootstrap over rounds. Needs torch.
+its two memory formats, measured; this library runs as the program does, at the fastest micro-batch
+of those that it tries, on a device for each core. The interval of a ratio of medians is a paired
+bootstrap over rounds. Needs torch.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from flax.traverse_util import flatten_dict
 import lance_jax
 from benchmarks import records, tasks, torch_networks
 from benchmarks.step_time import interleaved, ratio
-from lance_jax import loop, train
+from lance_jax import devices, loop, train
 from lance_jax.models import network as networks
 from lance_jax.models import weights
 from lance_jax.models.mobilenet import MobileNetV2
@@ -32,7 +33,6 @@ from lance_jax.timing import least_seconds
 
 NETWORKS = ("mcunet-5fps", "mbv2-w0.35", "mobilenetv2-1.0", "resnet18")
 KINDS = ("forward", "last4", "all")
-MICRO_BATCHES = (2, 4, 8, 16)
 CLASSES = 10
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
     parser.add_argument("--rounds", type=int, default=20)
     arguments = parser.parse_args()
+    devices.use_cores()
     for name in arguments.networks:
         for size in arguments.batches:
             for kind in arguments.kinds:
@@ -99,6 +100,8 @@ def inference(network: Network, params: Any, x: np.ndarray) -> dict[str, Callabl
     apply_fn = networks.apply_fn(network)
     plain, ours = jax.jit(apply_fn), jax.jit(lance_jax.lower_for_cpu(apply_fn))
     given = jnp.asarray(x)
+    mesh = devices.mesh_for(len(x))
+    copies, parts = devices.replicate(params, mesh), devices.spread(x, mesh)
 
     def run(p: Any, x: torch.Tensor) -> None:
         with torch.inference_mode():
@@ -106,7 +109,7 @@ def inference(network: Network, params: Any, x: np.ndarray) -> dict[str, Callabl
 
     return {
         "jax": lambda: plain(params, given),
-        "lance_jax": lambda: ours(params, given),
+        "lance_jax": lambda: ours(copies, parts),
         "torch": fastest(
             [
                 functools.partial(
@@ -120,7 +123,7 @@ def inference(network: Network, params: Any, x: np.ndarray) -> dict[str, Callabl
 
 def steps(
     network: Network, params: Any, x: np.ndarray, y: np.ndarray, kind: str
-) -> tuple[dict[str, Callable], dict[str, int | None]]:
+) -> tuple[dict[str, Callable], dict[str, int]]:
     """Functions that take one step each, and the micro-batches of this library's."""
     apply_fn = networks.apply_fn(network)
     layers, _ = train.trained_layers(network, 4)
@@ -147,20 +150,24 @@ def steps(
         "lance_jax backprop": lance_jax.lower_for_cpu(apply_fn),
         "lance_jax LANCE": lance_jax.lower_for_cpu(lance_jax.compress(apply_fn, factors)),
     }.items():
-        sizes = [None, *(n for n in MICRO_BATCHES if n < len(x))]
-        candidates: list[Callable] = [
-            functools.partial(
-                lance_jax.value_and_grad(
-                    loop.loss_of(fn), trainable=patterns, micro_batch=n
-                ), params, given, labels,
-            )
-            for n in sizes
-        ]  # fmt: skip
+        sizes = [*(n for n in loop.MICRO_BATCHES if n < len(x)), len(x)]
+        candidates = [divided(loop.loss_of(fn), patterns, params, x, y, size) for size in sizes]
         variants[name] = fastest(candidates)
         chosen[name] = sizes[candidates.index(variants[name])]
     paths = [path for path, leaf in flatten_dict(trained, sep="/").items() if leaf is not None]
     variants["torch"] = fastest([torch_step(network, params, x, y, paths, f) for f in FORMATS])
     return variants, chosen
+
+
+def divided(
+    loss: Callable, patterns: list[str], params: Any, x: np.ndarray, y: np.ndarray, micro_batch: int
+) -> Callable:
+    """A step of this library, `micro_batch` samples at a time, divided among the cores."""
+    mesh = devices.mesh_for(micro_batch, len(x))
+    part = micro_batch // mesh.size
+    step = lance_jax.value_and_grad(loss, trainable=patterns, micro_batch=part)
+    given = devices.replicate(params, mesh), *devices.spread((x, y), mesh)
+    return functools.partial(devices.divided(step, mesh), *given)
 
 
 def torch_step(

@@ -94,6 +94,7 @@ def cpu_row(row: dict) -> list[str]:
             found += ["", "", ""]
             continue
         size = row["micro_batch"].get(name)
-        found.append(f"{1000 * seconds[name]:.1f}" + (f" (in parts of {size})" if size else ""))
+        parts = size is not None and size < row["batch_size"]
+        found.append(f"{1000 * seconds[name]:.1f}" + (f" (in parts of {size})" if parts else ""))
         found += [markdown.ratio(row["ratios"][f"{other} / {name}"]) for other in ("jax", "torch")]
     return found

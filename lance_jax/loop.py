@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from rich.progress import Progress
 
 import lance_jax
-from lance_jax import metrics
+from lance_jax import devices, metrics
 from lance_jax.checkpoint import Checkpoint, Checkpoints
 from lance_jax.config import Config
 from lance_jax.features import Features
@@ -85,7 +86,7 @@ def fit(
     trainable: list[str] | None,
     calibrate: Callable[[], lance_jax.Factors] | None,
     directory: Path,
-    micro_batch: int,
+    micro_batch: int | None,
     has_aux: bool = False,
 ) -> Fitted:
     """Trains `params` by SGD, going on from the newest checkpoint in `directory` if there is one.
@@ -93,9 +94,10 @@ def fit(
     With `has_aux`, apply_fn gives (logits, aux), and aux replaces its entries of `params` after
     each step: the statistics of batch norm.
     `calibrate` gives the factors to compress with, once at the start; None trains in plain JAX.
-    `trainable` and `micro_batch` are those of `lance_jax.value_and_grad`; a micro_batch of 0 is
-    chosen at the start, by timing, and kept. FloatingPointError where a loss is not finite; it
-    names `field`, where the configuration has the learning rate.
+    `trainable` is that of `lance_jax.value_and_grad`. `micro_batch` samples at a time go through
+    the network, divided among as many devices as divide them evenly; 0: a number that is chosen at
+    the start, by timing, and kept; None: the whole batch, on one device. FloatingPointError where a
+    loss is not finite; it names `field`, where the configuration has the learning rate.
     """
     size = len(examples.labels)
     loader = Loader(size, config.batch_size, config.seed)
@@ -109,31 +111,37 @@ def fit(
         optax.clip_by_global_norm(config.clip), optax.sgd(schedule, momentum=config.momentum)
     )
 
-    def gradients(factors: lance_jax.Factors, micro_batch: int) -> ValueAndGrad:
+    def gradients(factors: lance_jax.Factors, size: int) -> tuple[ValueAndGrad, Mesh]:
+        """The gradients of a device's part of the batch, and the devices, for micro-batches."""
+        mesh = devices.mesh_for(1 if micro_batch is None else size, config.batch_size)
         compressed = apply_fn if calibrate is None else lance_jax.compress(apply_fn, factors)
         loss = loss_of(for_device(compressed), has_aux)
-        return lance_jax.value_and_grad(
-            loss, trainable=trainable, has_aux=has_aux, micro_batch=micro_batch
+        part = size // mesh.size
+        found = lance_jax.value_and_grad(
+            loss, trainable=trainable, has_aux=has_aux, micro_batch=part
         )
+        return found, mesh
 
     with Checkpoints(directory / "checkpoints") as checkpoints:
         initial = _initial_state(params, optimizer, trainable, config.seed)
         now = checkpoints.latest(initial)
         if now is None:
             now = _start(initial, calibrate)
-            chosen = micro_batch or _fastest(
+            chosen = config.batch_size if micro_batch is None else micro_batch
+            chosen = min(chosen, config.batch_size) or _fastest(
                 functools.partial(gradients, now.factors),
                 params,
                 (examples.read(np.arange(config.batch_size)), examples.labels[: config.batch_size]),
                 directory.name,
             )
-            chosen = min(chosen, config.batch_size)
             now = now._replace(info={**now.info, "micro_batch": chosen})
             checkpoints.save(now)
+        value_and_grad, mesh = gradients(now.factors, now.info["micro_batch"])
+        now = now._replace(state=devices.replicate(now.state, mesh))
         loader = Loader(size, config.batch_size, config.seed, tuple(now.info["position"]))
         batches = _batches(examples, loader, now.state["key"])
         log = metrics.Metrics(directory / "metrics.jsonl", now.step)
-        step_fn = _step_fn(gradients(now.factors, now.info["micro_batch"]), optimizer, has_aux)
+        step_fn = _step_fn(value_and_grad, mesh, optimizer, has_aux)
         untimed = now.step + WARM_UP_STEPS
         with closing(batches), Progress(*metrics.COLUMNS) as progress:
             bar = progress.add_task(directory.name, total=total, completed=now.step)
@@ -163,7 +171,7 @@ def _fitted(now: Checkpoint, lines: list[dict[str, Any]], last: list[dict[str, A
     """The end of a run, from all its lines of metrics and those of the last epoch."""
     steps = sum(line["steps"] for line in last)
     return Fitted(
-        params=now.state["params"],
+        params=jax.device_put(now.state["params"], jax.devices()[0]),
         factors=now.factors,
         loss=sum(line["loss"] * line["steps"] for line in last) / steps,
         step_seconds=[seconds for line in lines for seconds in line["step_seconds"]],
@@ -202,14 +210,18 @@ def _start(state: Any, calibrate: Callable[[], lance_jax.Factors] | None) -> Che
     return Checkpoint(0, state, factors, {"position": (0, 0), "calibration_seconds": seconds})
 
 
-def _fastest(gradients: Callable[[int], ValueAndGrad], params: Any, batch: Any, name: str) -> int:
+def _fastest(
+    gradients: Callable[[int], tuple[ValueAndGrad, Mesh]], params: Any, batch: Any, name: str
+) -> int:
     """The micro-batch with which a gradient of this batch takes the least time; says so."""
-    given = [jnp.asarray(array) for array in batch]
-    whole = len(given[0])
+    whole = len(batch[0])
     sizes = [size for size in MICRO_BATCHES if size < whole]
-    seconds = least_seconds(
-        {size: functools.partial(gradients(size), params, *given) for size in (*sizes, whole)}
-    )
+    calls = {}
+    for size in (*sizes, whole):
+        value_and_grad, mesh = gradients(size)
+        given = devices.replicate(params, mesh), *devices.spread(batch, mesh)
+        calls[size] = functools.partial(devices.divided(value_and_grad, mesh), *given)
+    seconds = least_seconds(calls)
     best = min(seconds, key=lambda size: seconds[size])
     times = ", ".join(f"{1e3 * seconds[size]:.1f} of {size}" for size in (*sizes, whole))
     print(f"{name}: micro-batches of {best} (ms a gradient, in micro-batches: {times})")
@@ -268,9 +280,10 @@ def _window(
 
 
 def _step_fn(
-    value_and_grad: ValueAndGrad, optimizer: optax.GradientTransformation, has_aux: bool
+    value_and_grad: ValueAndGrad, mesh: Mesh, optimizer: optax.GradientTransformation, has_aux: bool
 ) -> StepFn:
     """step(state, batch) -> (state, loss, seconds), the seconds without fetching the batch."""
+    gradients = devices.divided(value_and_grad, mesh)
 
     @jax.jit
     def update(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
@@ -279,14 +292,12 @@ def _step_fn(
 
     def step(state: dict[str, Any], batch: Batch) -> tuple[dict[str, Any], float, float]:
         params = state["params"]
-        inputs, labels = jnp.asarray(batch.inputs), jnp.asarray(batch.labels)
+        inputs, labels = devices.spread((batch.inputs, batch.labels), mesh)
         jax.block_until_ready((inputs, labels))
 
         start = time.perf_counter()
-        value, saved = value_and_grad.forward(params, inputs, labels)
+        value, grads = gradients(params, inputs, labels)
         loss, aux = value if has_aux else (value, {})
-        grads = value_and_grad.backward(saved, params, inputs, labels)
-        del saved
         trained, frozen = value_and_grad.partition(params)
         trained, optimizer_state = update(trained, state["optimizer"], grads)
         jax.block_until_ready((trained, optimizer_state))

@@ -117,9 +117,11 @@ def fit_method(config: Config, problem: Problem, method: str, directory: Path) -
     )
 
 
-def micro_batch(config: Config) -> int:
-    """Samples that go through the network at a time; 0: to be chosen by timing."""
-    if needs_whole_batch(config) or jax.default_backend() != "cpu":
+def micro_batch(config: Config) -> int | None:
+    """Samples that go through the network at a time, for `loop.fit`."""
+    if needs_whole_batch(config):
+        return None
+    if jax.default_backend() != "cpu":
         return config.micro_batch or config.batch_size
     return config.micro_batch
 
@@ -338,7 +340,7 @@ def saved_bytes(
 
     Counted for the whole network, by shapes: with cached features the first trained layer's input
     is an argument, which costs plain backprop nothing. In micro-batches the method keeps what one
-    of them needs, and the sum of the gradients. Plain backprop's is the fair figure of
+    of them needs, and each device's sum of the gradients. Plain backprop's is the fair figure of
     `lance_jax.report`, for all the trainable layers and the whole batch.
     """
     train_fn, params, picture = problem.network
@@ -361,6 +363,7 @@ def saved_bytes(
         patterns = trainable_patterns(method, problem.layers)
         trained, _ = lance_jax.value_and_grad(loss, trainable=patterns).partition(params)
         sums = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trained))
+        sums *= devices.mesh_for(size, config.batch_size).size
     elif method == "backprop":
         return backprop, backprop
     found = report(method, size)

@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lance_jax import devices
+from lance_jax import devices, value_and_grad
 from tests.helpers import two_devices
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,11 +39,42 @@ def test_a_spread_batch_goes_through_a_network_of_replicated_parameters():
     np.testing.assert_allclose(y, x @ w, rtol=1e-5, atol=1e-6)
 
 
-def test_every_core_is_a_device():
+@pytest.mark.parametrize("micro_batch", [None, 3, 4])
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_a_divided_step_is_that_of_the_whole_batch(micro_batch, has_aux):
+    two_devices()
+    rng = np.random.default_rng(0)
+    params = {"w": rng.normal(size=(3, 4)), "fixed": rng.normal(size=4)}
+    x, y = rng.normal(size=(8, 3)), rng.normal(size=(8, 4))
+
+    def loss(params, x, y):
+        error = jnp.tanh(x @ params["w"]) * params["fixed"] - y
+        mean = (error**2).mean()
+        return (mean, {"mean": error.mean(0)}) if has_aux else mean
+
+    with jax.enable_x64(True):
+        args = jax.tree.map(jnp.asarray, (params, x, y))
+        expected = value_and_grad(loss, trainable="w", has_aux=has_aux)(*args)
+        mesh = devices.mesh_for(8)
+        step = value_and_grad(loss, trainable="w", has_aux=has_aux, micro_batch=micro_batch)
+        spread = devices.replicate(args[0], mesh), *devices.spread(args[1:], mesh)
+        found = devices.divided(step, mesh)(*spread)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        assert a.sharding.is_fully_replicated and len(a.devices()) == 2
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds to no cores")
+@pytest.mark.parametrize("bound", [False, True])
+def test_every_core_that_may_be_used_is_a_device(bound):
+    allowed = os.sched_getaffinity(0)
+    cores = {min(allowed)} if bound else allowed
     lines = ["import jax", "from lance_jax.devices import use_cores", "use_cores()"]
+    lines = ["import os", f"os.sched_setaffinity(0, {cores})", *lines]
     code = "; ".join([*lines, "print(jax.device_count())"])
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True
     )
-    assert int(found.stdout) == os.cpu_count()
+    assert int(found.stdout) == len(cores)

@@ -10,8 +10,9 @@ import pytest
 from samples import pictures
 
 import lance_jax
-from lance_jax import checkpoint, loop
+from lance_jax import checkpoint, devices, loop
 from lance_jax.features import Features
+from tests.helpers import two_devices
 
 SETTINGS = {
     "seed": 0,
@@ -148,8 +149,27 @@ def test_micro_batches_change_the_rounding_alone(tmp_path):
     assert fit(tmp_path / "whole", calibrate=None, micro_batch=9).micro_batch == 4
     found = fit(tmp_path / "micro", calibrate=None, micro_batch=3)
     assert found.micro_batch == 3
-    for a, b in zip(*map(jax.tree.leaves, (found.params, whole)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    one = fit(tmp_path / "one", calibrate=None, micro_batch=None)
+    assert one.micro_batch == 4
+    for run in (found, one):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), run.params, whole
+        )
+
+
+@pytest.mark.parametrize(("micro_batch", "count"), [(None, 1), (4, 2), (3, 1), (2, 2)])
+def test_a_micro_batch_is_divided_among_the_devices(tmp_path, monkeypatch, micro_batch, count):
+    two_devices()
+    divided, found = devices.divided, []
+
+    def counting(value_and_grad, mesh):
+        found.append(mesh.size)
+        return divided(value_and_grad, mesh)
+
+    monkeypatch.setattr(devices, "divided", counting)
+    params = fit(tmp_path, calibrate=None, micro_batch=micro_batch, epochs=1).params
+    assert found == [count]
+    assert {len(leaf.devices()) for leaf in jax.tree.leaves(params)} == {1}
 
 
 def test_a_chosen_micro_batch_is_said_and_kept(tmp_path, monkeypatch, capsys):

@@ -212,7 +212,7 @@ def cpu(kind, ours, **micro_batch):
 
 def test_cpu_times_are_shown_with_micro_batches_and_ratios(tmp_path):
     step = cpu("all", ["lance_jax backprop", "lance_jax LANCE"])
-    step["micro_batch"] = {"lance_jax backprop": None, "lance_jax LANCE": 4}
+    step["micro_batch"] = {"lance_jax backprop": 32, "lance_jax LANCE": 4}
     for record in (step, cpu("forward", ["lance_jax"])):
         records.append(tmp_path / "cpu.jsonl", record)
     text = table.blocks(tmp_path)["cpu"]
