@@ -84,7 +84,7 @@ def blocks(results: Path) -> dict[str, str]:
         "sentence": accuracy_tables.sentence(measured),
         "main": accuracy_tables.main_table(measured, counted),
         "plots": plot_links(results),
-        "targets": targets.table(measured, decompositions),
+        "targets": targets.table(measured, decompositions, cpu),
         "finetune": accuracy_tables.cell_tables(measured, counted, milliseconds),
         "gradients": gradient_table(gradients),
         "energy": energy_table(gradients),

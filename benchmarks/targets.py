@@ -1,14 +1,15 @@
 """What LANCE is to reach, and whether it does, computed from the results.
 
-Judged where weight gradients pay: in the cells in which plain backprop is ahead of training head
-and biases alone by `WORTH` points of test accuracy.
+Accuracy is judged where weight gradients pay: in the cells in which plain backprop is ahead of
+training head and biases alone by `WORTH` points of test accuracy. Times on a CPU are judged for the
+small networks and a batch of `CPU_BATCH`.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks import grid, markdown
+from benchmarks import grid, markdown, time_tables
 from benchmarks.grid import BACKPROP, BIAS, Cell, Entry, Measured, Runs
 
 WORTH = 1.0  # points
@@ -16,6 +17,15 @@ DIFFERENCE = -0.5  # points, mean over the cells
 INTERVAL = -1.5  # points: no cell's interval is wholly below
 FEWER = 13.0  # times
 SLOWER = 20.0  # times
+CPU_OTHERS = {"jax": "plain JAX", "torch": "PyTorch"}
+CPU_BATCH = 32
+CPU_SMALL = ("mcunet-5fps", "mbv2-w0.35")
+CPU_FASTER = {  # times, than plain JAX and than PyTorch
+    ("forward", "lance_jax"): (5.0, 2.0),
+    ("last4", "lance_jax LANCE"): (5.0, 2.5),
+    ("all", "lance_jax backprop"): (2.5, 1.0),
+    ("all", "lance_jax LANCE"): (2.5, 1.0),
+}
 
 Row = tuple[str, str, str]  # target, what was measured, verdict
 
@@ -128,16 +138,63 @@ def _decomposition(rows: list[dict]) -> Row:
     return target, text, _verdict(min(ratio["median"] for ratio in ratios) >= SLOWER, whole)
 
 
+def cpu_rows(rows: list[dict]) -> list[Row]:
+    """Targets of the times of `benchmarks.cpu`."""
+    found = []
+    small = [r for r in rows if r["network"] in CPU_SMALL and r["batch_size"] == CPU_BATCH]
+    for (kind, ours), factors in CPU_FASTER.items():
+        name = time_tables.CPU_KINDS[kind] + (" by LANCE" if ours.endswith("LANCE") else "")
+        of_kind = [row for row in small if row["kind"] == kind]
+        finished = {row["network"] for row in of_kind} == set(CPU_SMALL)
+        for (other, label), times in zip(CPU_OTHERS.items(), factors, strict=True):
+            target = f"{name}, the small networks: {times:g} times as fast as {label}"
+            found.append(_faster(target, of_kind, f"{other} / {ours}", times, finished))
+    return [*found, _never_slower(rows)]
+
+
+def _faster(target: str, rows: list[dict], name: str, times: float, finished: bool) -> Row:
+    if not rows:
+        return target, "", "not measured"
+    text = "; ".join(
+        f"{time_tables.CPU_NETWORKS[row['network']]} {markdown.ratio(row['ratios'][name])}"
+        for row in rows
+    )
+    met = min(row["ratios"][name]["median"] for row in rows) >= times
+    return target, text, _verdict(met, finished)
+
+
+def _never_slower(rows: list[dict]) -> Row:
+    """Over all networks, kinds of call and batch sizes."""
+    target = "never slower than plain JAX"
+    found = {
+        (row["network"], row["kind"], row["batch_size"], name.removeprefix("jax / ")): ratio
+        for row in rows
+        for name, ratio in row["ratios"].items()
+        if name.startswith("jax / ")
+    }
+    if not found:
+        return target, "", "not measured"
+    least = min(found, key=lambda key: found[key]["median"])
+    network, kind, size, ours = least
+    text = (
+        f"least {markdown.ratio(found[least])}: {time_tables.CPU_NETWORKS[network]}, "
+        f"{time_tables.CPU_KINDS[kind]}, batch {size}, {ours}"
+    )
+    expected = {(n, kind) for n in time_tables.CPU_NETWORKS for kind in time_tables.CPU_KINDS}
+    finished = {(row["network"], row["kind"]) for row in rows} == expected
+    return target, text, _verdict(found[least]["median"] >= 1, finished)
+
+
 def _extreme(choose: Callable, found: dict[Cell, float]) -> str:
     cell = choose(found, key=lambda c: found[c])
     return f"{found[cell]:+.2f} ({grid.cell_name(cell)})"
 
 
-def table(measured: Measured, decompositions: list[dict]) -> str:
+def table(measured: Measured, decompositions: list[dict], cpu: list[dict]) -> str:
     cells = judged(measured)
     names = "; ".join(grid.cell_name(cell) for cell in cells) or "none yet"
     if not finished(measured):
         names += ". Not all cells are measured"
     text = f"Judged where plain backprop is ahead of head and biases by a point: {names}."
-    found = [list(row) for row in rows(measured, decompositions)]
+    found = [list(row) for row in [*rows(measured, decompositions), *cpu_rows(cpu)]]
     return f"{text}\n\n{markdown.table(['target', 'measured', ''], found)}"

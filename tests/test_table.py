@@ -274,6 +274,49 @@ def test_targets_of_an_unfinished_grid_say_so(results):
     assert found[4] == found[7] == "met, so far" and BIAS in measured(results)[CELL]
 
 
+def cpu_times(jax, torch):
+    """All the rows of `benchmarks.cpu`, with the same ratios everywhere."""
+    times = {"jax": jax, "torch": torch}
+    return [
+        {
+            "network": network,
+            "kind": kind,
+            "batch_size": size,
+            "ratios": {
+                f"{other} / {name}": {"median": times[other], "low": 0.0, "high": 9.0}
+                for other in times
+                for name in (["lance_jax"] if kind == "forward" else STEPS)
+            },
+        }
+        for network in ("mcunet-5fps", "mbv2-w0.35", "mobilenetv2-1.0", "resnet18")
+        for kind in ("forward", "last4", "all")
+        for size in (1, 32)
+    ]
+
+
+STEPS = ["lance_jax backprop", "lance_jax LANCE"]
+
+
+def test_targets_of_the_times_on_a_cpu():
+    def judge(rows):
+        return [verdict for _, _, verdict in targets.cpu_rows(rows)]
+
+    assert judge(cpu_times(6.0, 2.6)) == ["met"] * 9
+    slower = ["met", "missed", "met", "missed", *["met"] * 5]
+    assert judge(cpu_times(6.0, 1.5)) == slower
+    rows = cpu_times(6.0, 2.6)
+    large = next(r for r in rows if (r["network"], r["kind"]) == ("resnet18", "all"))
+    large["ratios"]["jax / lance_jax LANCE"]["median"] = 0.9
+    assert judge(rows) == [*["met"] * 8, "missed"]
+    assert "ResNet-18, step, all layers, batch 1, lance_jax LANCE" in targets.cpu_rows(rows)[-1][1]
+    small = next(r for r in rows if (r["network"], r["batch_size"]) == ("mbv2-w0.35", 32))
+    small["ratios"]["torch / lance_jax"]["median"] = 1.9
+    assert judge(rows)[:2] == ["met", "missed"], "the worse of the two networks counts"
+    part = [row for row in cpu_times(6.0, 2.6) if row["network"] == "mcunet-5fps"]
+    assert judge(part) == ["met, so far"] * 9
+    assert judge([]) == ["not measured"] * 9
+
+
 # --- the plots ---
 
 
