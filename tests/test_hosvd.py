@@ -4,6 +4,7 @@ And of sketches: never above the Gram matrix, and as close to it as the theory s
 """
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -145,11 +146,15 @@ SPECTRA = {
 spectra = pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
 
 
-def rows_of(spectrum, n=N, seed=0):
+@functools.cache
+def vectors_of(n, r, seed):
+    return orthonormal(np.random.default_rng(seed), n, r)
+
+
+def rows_of(spectrum, n=N):
     """(m, n) whose Gram matrix has these m eigenvalues, and its eigenvectors in this order."""
-    vectors = orthonormal(np.random.default_rng(seed), n, len(spectrum))
-    mix = orthonormal(np.random.default_rng(seed + 1), len(spectrum), len(spectrum))
-    return mix * np.sqrt(spectrum) @ vectors.T, vectors
+    vectors = vectors_of(n, len(spectrum), 0)
+    return vectors_of(len(spectrum), len(spectrum), 1) * np.sqrt(spectrum) @ vectors.T, vectors
 
 
 def sketch(rows, k=K, dtype="float32", parts=3):

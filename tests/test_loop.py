@@ -210,15 +210,23 @@ class Killed(BaseException):
     pass
 
 
+@pytest.fixture(scope="module")
+def whole(request, tmp_path_factory):
+    """(examples, the end of a run on them, its lines)."""
+    data = examples(views=2) if request.param == "features" else files()
+    directory = tmp_path_factory.mktemp("whole")
+    return data, fit(directory, data), lines(directory)
+
+
 @pytest.mark.parametrize(
-    ("data", "saves"),
-    [*((examples(views=2), saves) for saves in (1, 2, 3, 5)), (files(), 3)],
-    ids=["1", "2", "3", "5", "pictures"],
+    ("whole", "saves"),
+    [("features", 1), ("features", 2), ("features", 3), ("features", 5), ("pictures", 3)],
+    indirect=["whole"],
 )
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, monkeypatch, data, saves, when):
+def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, monkeypatch, whole, saves, when):
     """Stopped just before and just after the checkpoint number `saves` (the first is step 0)."""
-    whole = fit(tmp_path / "whole", data)
+    data, expected, log = whole
     save, count = checkpoint.Checkpoints.save, 0
 
     def killing_save(self, now):
@@ -234,13 +242,13 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, monkeypatch, data, save
         patch.setattr(checkpoint.Checkpoints, "save", killing_save)
         fit(tmp_path / "stopped", data)
     stopped = fit(tmp_path / "stopped", data)
-    assert_equal(stopped.params, whole.params)
-    assert_equal(dict(stopped.factors), dict(whole.factors))
-    assert stopped.loss == whole.loss
-    assert without_times(lines(tmp_path / "stopped")) == without_times(lines(tmp_path / "whole"))
+    assert_equal(stopped.params, expected.params)
+    assert_equal(dict(stopped.factors), dict(expected.factors))
+    assert stopped.loss == expected.loss
+    assert without_times(lines(tmp_path / "stopped")) == without_times(log)
     again = fit(tmp_path / "stopped", data)
-    assert_equal(again.params, whole.params)
-    assert again.loss == whole.loss
+    assert_equal(again.params, expected.params)
+    assert again.loss == expected.loss
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
