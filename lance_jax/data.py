@@ -98,7 +98,7 @@ def prepare(name: str, data_dir: str | Path) -> None:
 
 def _versions(name: str, data_dir: str | Path) -> list[Path]:
     """Folders of the prepared versions of a data set."""
-    found = Path(data_dir).expanduser().glob(f"{name}/*/dataset_info.json")
+    found = Path(data_dir).expanduser().joinpath(name).glob("*/dataset_info.json")
     return [path.parent for path in found]
 
 
@@ -120,6 +120,8 @@ def _tfds_builder(name: str, data_dir: str | Path) -> tuple[Any, Any]:
         raise ValueError(
             f"data set {name!r} has no fields image and label; it has {', '.join(fields)}"
         )
+    if not isinstance(fields["label"], tfds.features.ClassLabel):
+        raise ValueError(f"data set {name!r} has no classes; its label is a {fields['label']}")
     for split in (*TRAINING_SPLITS.get(name, "train").split("+"), "test"):
         if split not in builder.info.splits:
             raise ValueError(f"data set {name!r} in {str(data_dir)!r} has no split {split!r}")

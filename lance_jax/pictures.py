@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 WHITE_16_BIT = 65535
 
@@ -82,8 +82,10 @@ def decode(image: bytes | Path, side: int) -> np.ndarray:
     except Exception as error:
         # On damaged files Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error,
         # IndexError, its own DecompressionBombError and more, of which it keeps no list.
-        # Its own words name a buffer by its address, or the path once more
-        reason = "no picture that Pillow knows" if "identify" in str(error) else str(error)
+        # Its own words name a buffer by its address, and the system's the path once more
+        unknown = isinstance(error, UnidentifiedImageError)
+        told = "no picture that Pillow knows" if unknown else getattr(error, "strerror", None)
+        reason = told or str(error) or type(error).__name__
         name = f"of {len(image):,} bytes" if isinstance(image, bytes) else repr(str(image))
         raise ValueError(f"picture {name} cannot be read: {reason}") from error
     return np.asarray(resized, np.float32) / np.float32(127.5) - np.float32(1)

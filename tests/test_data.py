@@ -66,6 +66,8 @@ def with_tensorflow(name):
     [
         ("cifar10", "'cifar10' is not prepared in data_dir .*; .* pip install -e '.\\[data\\]'"),
         ("cifar11", "nor known to TensorFlow Datasets: did you mean cifar10"),
+        ("", "nor known to TensorFlow Datasets$"),
+        ("/cifar10", "nor known to TensorFlow Datasets: did you mean cifar10"),
     ],
 )
 def test_unprepared_data_set_without_tensorflow(tmp_path, monkeypatch, name, message):
@@ -113,6 +115,16 @@ def no_label(directory):
     path.write_text(path.read_text().replace('"label"', '"name"'))
 
 
+def no_classes(directory):
+    path = directory / "features.json"
+    described = json.loads(path.read_text())
+    described["featuresDict"]["features"]["label"] = {
+        "pythonClassName": "tensorflow_datasets.core.features.scalar.Scalar",
+        "tensor": {"shape": {}, "dtype": "int64", "encoding": "none"},
+    }
+    path.write_text(json.dumps(described))
+
+
 def cut_short(directory):
     for split in ("train", "test"):
         (directory / f"cifar10-{split}.array_record-00000-of-00001").write_bytes(b"half")
@@ -132,6 +144,7 @@ def no_pictures(directory):
             "cannot be read .*TFRECORD.*; remove that folder, and .*lance_jax.prepare cifar10",
         ),
         (no_label, "no fields image and label; it has .*name"),
+        (no_classes, "'cifar10' has no classes; its label is a "),
         (cut_short, "split 'train' of data set 'cifar10' in .* cannot be read"),
         (no_pictures, "cannot be read .*No such file"),
     ],

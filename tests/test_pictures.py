@@ -1,6 +1,7 @@
 """Pictures of every kind come out in the colours that a viewer shows."""
 
 import io
+import re
 
 import numpy as np
 import pytest
@@ -182,6 +183,14 @@ def test_what_cannot_be_read_is_told(tmp_path, file, message):
     with pytest.raises(ValueError, match=r"picture '.*it.png' cannot be read") as error:
         Pictures([path], np.zeros(1, np.int32), ("a",), 8).read([0])
     assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_told_once(tmp_path):
+    """Its name is that of Pillow's words for what it does not know."""
+    path = tmp_path / "cannot identify.png"
+    message = re.escape(f"picture {str(path)!r} cannot be read: No such file or directory")
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        decode(path, 8)
 
 
 def in_memory(chosen, _):
