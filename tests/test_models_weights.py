@@ -4,11 +4,13 @@ import json
 import pickle
 import zipfile
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -77,6 +79,13 @@ def test_a_file_without_a_classifier(tmp_path, tensors):
     assert network.classes is None and "head" not in variables["params"]
 
 
+def test_a_file_with_a_classifier_of_nothing(tmp_path, tensors):
+    tensors["fc.weight"], tensors["fc.bias"] = np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
+    path = tmp_path / "file.safetensors"
+    save_file(tensors, path, {"architecture": json.dumps(RESNET)})
+    assert weights.load(path)[0].classes is None
+
+
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float64])
 def test_other_floats_become_float32(tmp_path, tensors, dtype):
     """num_batches_tracked, an integer of torch's batch norm, is left out."""
@@ -107,6 +116,24 @@ def test_a_model_that_contradicts_the_file(tmp_path, tensors):
     assert weights.load(path, "resnet34")[0] == resnet(), "the file says which ResNet"
     with pytest.raises(ValueError, match="those of a ResNet, and config.model is 'alexnet'"):
         weights.load(path, "alexnet")
+    with pytest.raises(ValueError, match="those of a ResNet, and config.model is 'resnet50'"):
+        weights.load(path, "resnet50")
+
+
+@pytest.mark.parametrize(
+    ("name", "resolution", "message"),
+    [
+        ("alexnet", 4, "config.resolution is 4, which suits no AlexNet .*; 0 stands for 32"),
+        ("narrow resnet", 34, "config.resolution is 34, which suits no ResNet .*; 0 stands for 32"),
+        ("deit", 32, r"misshapen: pos_embed .*\(at config.resolution=32; 0 stands for that of"),
+    ],
+)
+def test_a_resolution_that_does_not_fit(tmp_path, name, resolution, message):
+    path = tmp_path / "file.safetensors"
+    weights.save(path, NETWORKS[name], drawn(NETWORKS[name]))
+    with pytest.raises(ValueError, match=message) as error:
+        weights.load(path, resolution=resolution)
+    assert "\n" not in str(error.value)
 
 
 def write_bad(path, kind, tensors):
@@ -128,12 +155,21 @@ def write_bad(path, kind, tensors):
         del tensors["layer2.0.bn1.running_var"], tensors["conv1.weight"]
         tensors["layer1.0.conv2.weight"] = np.zeros((2, 2, 5, 5), np.float32)
         tensors["fc.bias"] = np.zeros(3, np.int32)
+    elif kind == "not finite":
+        tensors["fc.bias"] = np.array([0, np.nan, 0], np.float32)
+        tensors["layer1.0.conv2.weight"] = np.full_like(tensors["layer1.0.conv2.weight"], np.inf)
+    elif kind == "8 bits":
+        tensors["fc.bias"] = tensors["fc.bias"].astype(jnp.float8_e4m3fn)
     elif kind == "flat kernel":
         tensors["conv1.weight"] = tensors["conv1.weight"].reshape(-1)
     elif kind == "wrong size":
         described["width"] = 3
     elif kind == "unknown kind":
         described["kind"] = "vgg"
+    elif kind == "no resolution":
+        described["resolution"] = 0
+    elif kind == "odd resolution":
+        described |= {"resolution": 34, "small": True}
     elif kind == "unknown field":
         described["height"] = 3
     elif kind == "word for a size":
@@ -153,8 +189,12 @@ def write_bad(path, kind, tensors):
         ("names", r"misshapen: fc.bias \(int32\[3\], not \[3\]\), layer1.0.conv2.weight "),
         ("names", r"layer1.0.conv2.weight \(float32\[2, 2, 5, 5\], not \[2, 2, 3, 3\]\)$"),
         ("flat kernel", r"does not fit a ResNet; misshapen: conv1.weight \(float32\[294\]"),
+        ("not finite", r"fit a ResNet; not finite: fc.bias, layer1.0.conv2.weight$"),
+        ("8 bits", "holds numbers that NumPy has not .*float8_e4m3fn.*; give float32"),
         ("wrong size", r"misshapen: bn1.bias \(float32\[2\], not \[3\]\), .* more$"),
         ("unknown kind", "describe no network .*'vgg'"),
+        ("no resolution", "describe no network .* a resolution below 1"),
+        ("odd resolution", "describe no network .*EinopsError"),
         ("unknown field", "describe no network .*'height'"),
         ("word for a size", "describe no network"),
     ],
@@ -222,6 +262,15 @@ def test_no_cache_and_no_network(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=message) as error:
         weights.load("timm/resnet18.tv_in1k")
     assert "\n" not in str(error.value)
+
+
+def test_a_hub_that_fails_without_a_word(monkeypatch):
+    def fetch(repository, file, local_files_only=False):
+        raise LocalEntryNotFoundError("not here") if local_files_only else TimeoutError
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    with pytest.raises(ValueError, match=r"from the hub \(TimeoutError\); give --config.weights"):
+        weights.load("timm/resnet18.tv_in1k")
 
 
 def test_the_metadata_are_plain_json(tmp_path):

@@ -73,11 +73,18 @@ def load(weights: str | Path, model: str = "", resolution: int = 0) -> tuple[Net
     metadata, tensors = _read(path)
     found = _network(str(weights), metadata, model)
     if resolution:
-        found = found.clone(resolution=resolution)
+        found = _resized(found, resolution)
     head = tensors.get(f"{_reference(found, 'head')}.weight")
-    if head is not None and head.ndim:
+    if head is not None and head.size and head.ndim:
         found = found.clone(classes=head.shape[0])
-    return found, _variables(found, tensors, path)
+    try:
+        return found, _variables(found, tensors, path)
+    except ValueError as error:
+        if not resolution:
+            raise
+        raise ValueError(
+            f"{error} (at config.resolution={resolution}; 0 stands for that of the weights)"
+        ) from None
 
 
 def save(path: str | Path, model: Network, variables: Any, classes: Sequence[str] = ()) -> None:
@@ -167,10 +174,11 @@ def _from_hub(repository: str) -> Path:
     except Exception as error:
         # The hub's own errors, its HTTP client's, the proxy's and the disk's have no common class,
         # and the answer to all is the same.
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        cause = error.__cause__ or error
+        reason = str(cause).strip().splitlines() or [type(cause).__name__]
         raise ValueError(
             f"weights {repository!r} are neither in the cache of huggingface_hub nor to be had "
-            f"from the hub ({reason}); give --config.weights=FILE, a safetensors file"
+            f"from the hub ({reason[0]}); give --config.weights=FILE, a safetensors file"
         ) from None
 
 
@@ -190,25 +198,51 @@ def _read(path: Path) -> tuple[Mapping[str, str], dict[str, np.ndarray]]:
         raise ValueError(
             f"weights file {str(path)!r} is not a safetensors file ({error})"
         ) from None
+    except AttributeError as error:  # safetensors asks NumPy for the tensors' type by its name
+        raise ValueError(
+            f"weights file {str(path)!r} holds numbers that NumPy has not ({error}); give float32"
+        ) from None
 
 
 def _network(weights: str, metadata: Mapping[str, str], model: str) -> Network:
     """The network that the file describes, or else the named one."""
     if "architecture" in metadata:
         found = _parse(metadata["architecture"], weights)
-        if model and type(found) is not type(MODELS[model]):
+        if model and type(found) is not type(MODELS.get(model)):
             raise ValueError(
                 f"weights {weights!r} are those of a {type(found).__name__}, and config.model is "
                 f"{model!r}; leave it empty"
             )
         return found
-    name = model or weights.split("/")[-1].split(".")[0]
+    name = model or weights.split("/")[-1].split(".")[0]  # such as timm/resnet18.tv_in1k
     if name not in MODELS:
         raise ValueError(
             f"weights {weights!r} do not say what network they are of (`architecture` in their "
             f"metadata); give --config.model, one of {', '.join(MODELS)}"
         )
     return MODELS[name]
+
+
+def _resized(model: Network, resolution: int) -> Network:
+    """The network for pictures of another size."""
+    resized = model.clone(resolution=resolution)
+    try:
+        _build(resized)
+    except Exception as error:
+        # As in `_parse`: a size that does not suit a layer fails wherever it comes to be computed.
+        raise ValueError(
+            f"config.resolution is {resolution}, which suits no {type(model).__name__} "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); 0 stands for "
+            f"{model.resolution}, that of the weights"
+        ) from None
+    return resized
+
+
+def _build(model: Network) -> None:
+    """Raises some error where the shapes of the network, its head included, do not fit together."""
+    if model.resolution < 1:
+        raise ValueError("a resolution below 1")
+    network.shapes(model.clone(classes=1))
 
 
 def _parse(architecture: str, weights: str) -> Network:
@@ -223,7 +257,7 @@ def _parse(architecture: str, weights: str) -> Network:
                 k: tuple(v) if isinstance(v, list) else v for k, v in spec.items()
             }
             found = KINDS[kind](**values)
-        network.shapes(found)
+        _build(found)
         return found
     except Exception as error:
         # The network is built and traced with whatever numbers and names the file holds: Python,
@@ -244,18 +278,21 @@ def _variables(model: Network, tensors: Mapping[str, np.ndarray], path: Path) ->
     paths = keys(model)
     head = f"{_reference(model, 'head')}."
     unused = () if model.classes else [name for name in tensors if name.startswith(head)]
-    flat, misshapen = {}, []
+    flat, misshapen, infinite = {}, [], []
     for name in paths.keys() & tensors.keys():
         shape = _to_reference(model, paths[name], np.empty(expected[paths[name]].shape)).shape
         tensor, linen = tensors[name], paths[name]
         if tensor.shape != shape or not jax.numpy.issubdtype(tensor.dtype, np.floating):
             misshapen.append(f"{name} ({tensor.dtype}{list(tensor.shape)}, not {list(shape)})")
+        elif not np.isfinite(tensor.astype(np.float32)).all():
+            infinite.append(name)
         else:
             flat[linen] = _to_linen(tensor, linen).reshape(expected[linen].shape)
     wrong = {
         "missing": paths.keys() - tensors.keys(),
         "extra": tensors.keys() - paths.keys() - set(unused),
         "misshapen": misshapen,
+        "not finite": infinite,
     }
     if any(wrong.values()):
         told = [f"{kind}: {_shortened(sorted(names))}" for kind, names in wrong.items() if names]
