@@ -39,6 +39,8 @@ def main(argv: Sequence[str]) -> None:
         train.compare(config, Path(workdir).expanduser())
     except (ValueError, OSError, FloatingPointError) as error:
         _stop(error)
+    except KeyboardInterrupt:
+        _stop("interrupted; the same command goes on from the last checkpoint")
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

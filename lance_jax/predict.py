@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -51,8 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             export(path, Path(given.export).expanduser())
         found = predict(network, variables, given.images)
         all_read = show(given.images, classes, found, as_json=given.json)
+    except BrokenPipeError:  # whoever read the lines wants no more, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+        sys.exit(1)
     except (ValueError, OSError) as error:
         sys.exit(_one_line(error))
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted")
     if not all_read:
         sys.exit(1)
 
@@ -124,12 +130,11 @@ def export(model: Path, target: Path) -> None:
         raise ValueError(f"--export {str(target)!r} exists, and is no file")
     if not target.parent.is_dir():
         raise ValueError(f"--export {str(target)!r} lies in no folder that exists")
-    unfinished = target.with_name(f"{target.name}.tmp")
     try:
-        shutil.copyfile(model, unfinished)
-        os.replace(unfinished, target)
+        # a folder, since no name in it can be that of another file; and a file has usual rights
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            os.replace(shutil.copyfile(model, Path(folder, "unfinished")), target)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise ValueError(f"cannot write --export {str(target)!r}: {error.strerror}") from None
 
 
@@ -180,9 +185,8 @@ def show(
     as_json: bool,
 ) -> bool:
     """Prints a line for each picture as it comes; whether all could be read."""
-    # a name that is no UTF-8 could not be printed; in JSON it is escaped
-    names = [os.fsencode(image).decode(errors="replace") for image in images]
-    width, class_width = max(map(len, names), default=0), max(map(len, classes))
+    names, labels = list(map(_printable, images)), list(map(_printable, classes))
+    width, class_width = max(map(len, names), default=0), max(map(len, labels))
     all_read = True
     for image, name, row in zip(images, names, found, strict=True):
         if isinstance(row, ValueError):
@@ -196,9 +200,14 @@ def show(
             line = {"file": image, "class": classes[best], "probability": float(row[best])}
             print(json.dumps({**line, "probabilities": probabilities}), flush=True)
         else:
-            first = (f"{classes[i]:<{class_width}} {row[i]:6.1%}" for i in order[:SHOWN])
+            first = (f"{labels[i]:<{class_width}} {row[i]:6.1%}" for i in order[:SHOWN])
             print(f"{name:<{width}}  {'   '.join(first)}", flush=True)
     return all_read
+
+
+def _printable(name: str) -> str:
+    """A file's or folder's name that is no UTF-8 could not be printed; in JSON it is escaped."""
+    return os.fsencode(name).decode(errors="replace")
 
 
 def _one_line(error: object) -> str:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from lance_jax import main, train
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -50,6 +52,17 @@ def test_bad_input_is_one_line_and_a_failure(tmp_path, arguments, message):
     assert code != 0 and not out
     assert message in err and "Traceback" not in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+def test_an_interrupt_is_one_line(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "compare", stop)
+    main._parse_flags(["main", "--workdir", str(tmp_path)])
+    with pytest.raises(SystemExit, match="^error: interrupted; the same command goes on from the"):
+        main.main(["main"])
 
 
 SMALL = [

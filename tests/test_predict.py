@@ -1,8 +1,11 @@
 """Trained models: written whole, read by plain forward passes, predicted from and exported."""
 
 import json
+import os
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +28,7 @@ from tests.settings import settings
 from tests.test_models_network import NETWORKS, drawn
 from tests.tolerances import assert_close
 
+ROOT = Path(__file__).parents[1]
 CLASSES = ("5", "6", "7", "8", "9")
 
 # --- Each kind of network
@@ -73,6 +77,7 @@ def test_a_saved_model_is_the_whole_trained_network(name, tmp_path, monkeypatch,
     forward(began, x[:1])
     path = began.save(tmp_path / "began.safetensors", **architecture)
     small = {"resolution": 0, "cache_dir": "", "flip": False, "trainable_layers": 2}
+    small["batch_size"] = 8
     config = settings("pets", weights=str(path), **small)
     problem = train.prepare(config, tmp_path / "run")
     params = changed(problem.params)
@@ -98,7 +103,8 @@ def test_a_saved_model_can_be_fine_tuned(tmp_path, monkeypatch):
     variables = drawn(network)
     weights.save(tmp_path / "file.safetensors", network, variables, tuple("abcde"))
     config = settings("pets", weights=str(tmp_path / "file.safetensors"), resolution=0)
-    config.update({"cache_dir": "", "trainable_layers": 4})  # all: no features to be computed
+    config.update({"cache_dir": "", "batch_size": 8})
+    config.trainable_layers = 4  # all: no features to be computed
     problem = train.prepare(config, tmp_path / "run")
     params = as_variables(problem.params)
     assert params["params"].pop("head")["kernel"].shape[-1] == 7
@@ -250,6 +256,40 @@ def test_pictures_of_other_kinds_are_the_same_digit(run, digits, tmp_path, capsy
         np.testing.assert_allclose(row, rows[0], atol=1e-5)
 
 
+def test_names_that_are_no_utf8(run, digits, tmp_path, capsys):
+    """Of a folder of pictures, which is a class, and of a picture."""
+    classes = [os.fsdecode(f"L\xf6we {i}".encode("latin-1")) for i in range(5)]
+    file = tmp_path / weights.FILE
+    weights.save(file, *weights.load(run / "head" / weights.FILE), classes)
+    picture = tmp_path / os.fsdecode(b"\xe4.png")
+    picture.write_bytes(digits[0][0].read_bytes())
+    code, lines, _ = call(capsys, "--workdir", tmp_path, picture)
+    assert code == 0 and "\ufffd.png  L\ufffdwe " in lines[0]
+    code, lines, _ = call(capsys, "--workdir", tmp_path, "--json", picture)
+    found = json.loads(lines[0])
+    assert code == 0 and found["file"] == str(picture) and {*found["probabilities"]} == {*classes}
+
+
+def test_a_reader_that_wants_no_more(run, digits):
+    """`lance_jax.predict ... | head` ends without a word."""
+    command = [sys.executable, "-m", "lance_jax.predict", "--workdir", run, *digits[0][:3]]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+    assert process.stdout
+    process.stdout.close()
+    _, err = process.communicate()
+    assert process.returncode == 1 and err == f"model: {run / 'head' / weights.FILE}\n"
+
+
+def test_an_interrupt_is_one_line(run, capsys, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict, "predict", stop)
+    code, _, err = call(capsys, "--workdir", run, "picture.png")
+    assert code == 1 and err.endswith("error: interrupted\n")
+
+
 def copied(run, workdir, **accuracies):
     """A working directory of methods with these accuracies and one model."""
     for method, accuracy in accuracies.items():
@@ -317,7 +357,7 @@ def bad_arguments(kind, run, workdir):
         case "export to no folder":
             return [*options, "--export", workdir / "no" / "file"], "lies in no folder that exists"
         case "export to a long name":
-            return [*options, "--export", workdir / ("x" * 253)], "File name too long"
+            return [*options, "--export", workdir / ("x" * 256)], "File name too long"
 
 
 @pytest.mark.parametrize(
@@ -349,10 +389,13 @@ def test_mistakes_are_one_line_before_any_picture_is_read(run, kind, tmp_path, c
 def test_exports_alone_and_over_a_file(run, tmp_path, capsys):
     file = tmp_path / "file.safetensors"
     file.write_text("older")
+    other = tmp_path / "file.safetensors.tmp"
+    other.write_text("another's")
     code, lines, _ = call(capsys, "--workdir", run, "--export", file)
     assert code == 0 and not lines
     assert file.read_bytes() == (run / "head" / weights.FILE).read_bytes()
-    assert [*tmp_path.iterdir()] == [file]
+    assert {*tmp_path.iterdir()} == {file, other} and other.read_text() == "another's"
+    assert file.stat().st_mode == (run / "head" / weights.FILE).stat().st_mode
 
 
 def test_neither_pictures_nor_an_export(run, capsys):
