@@ -2,7 +2,7 @@
 
 MobileNetV2 pretrained on ImageNet, its last 4 layers fine-tuned. A fifth of every class is drawn
 for the test by the seed, unless there are DIR/train/CLASS and DIR/test/CLASS. The learning rates
-and epochs are CIFAR-10's: they were not tuned for your pictures.
+and epochs are CIFAR-10's: they were not tuned for your pictures, nor for batches of 32.
     python -m lance_jax.main --config configs/folder.py --config.folder=DIR
 """
 

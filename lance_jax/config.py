@@ -109,6 +109,7 @@ def folder() -> ml_collections.ConfigDict:
     config.dataset = "folder"
     config.folder = ""
     del config.data_dir
+    config.batch_size = 32  # own pictures are often few
     config.test_fraction = 0.2  # drawn by the seed, where the folder has no train/ and test/
     config.unreadable = "error"  # or "skip": files that are no pictures inside are left out
     return config
@@ -160,6 +161,8 @@ def check(config: Config, workdir: str | Path) -> None:
             raise ValueError(
                 f"config.{field} is {value}; it must be at least {least.get(field, 1)}"
             )
+    if config.seed >= 2**32:
+        raise ValueError(f"config.seed is {config.seed}; it must be below {2**32}")
     _check_modes(config)
     _check_micro_batch(config)
     if not 0 < config.energy <= 1:
@@ -225,14 +228,19 @@ def _check_fields(config: Config) -> None:
             for entry in wanted:
                 if entry in default and entry not in config[name]:
                     raise ValueError(f"config.{name} has no entry {entry!r}")
-        kind = {int: int, float: (int, float)}.get(type(default))
-        if kind and not isinstance(config[name], kind):
-            raise ValueError(f"config.{name} is {config[name]!r}; it must be a number")
+        kinds = {int: (int, "an integer"), float: ((int, float), "a number")}
+        kind, told = kinds.get(type(default), (object, ""))
+        if not isinstance(config[name], kind):
+            raise ValueError(f"config.{name} is {config[name]!r}; it must be {told}")
 
 
 def _check_writable(directory: str | Path, setting: str) -> None:
+    path = Path(directory).expanduser()
     try:
-        path = Path(directory).expanduser()
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:  # what writes the checkpoints knows no other names
+        raise ValueError(f"{setting} is {str(path.absolute())!r}, which is not UTF-8") from None
+    try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:

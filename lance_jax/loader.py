@@ -21,10 +21,7 @@ class Loader:
     def __init__(
         self, size: int, batch_size: int, seed: int, position: tuple[int, int] = (0, 0)
     ) -> None:
-        if not 1 <= batch_size <= size:
-            raise ValueError(
-                f"batch_size is {batch_size}; it must be 1 to {size}, the training examples"
-            )
+        check_batch(size, batch_size)
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.steps_per_epoch = size // batch_size
         self.epoch, self.step = position
@@ -49,6 +46,14 @@ class Loader:
             self.epoch, self.step = self.epoch + 1, 0
             self._order = self._permutation()
         return batch
+
+
+def check_batch(size: int, batch_size: int) -> None:
+    """ValueError where `size` examples do not fill a batch."""
+    if not 1 <= batch_size <= size:
+        raise ValueError(
+            f"config.batch_size is {batch_size}; it must be 1 to {size}, the training examples"
+        )
 
 
 def read_ahead(

@@ -18,7 +18,7 @@ from lance_jax import data, devices, metrics
 from lance_jax.config import Config, check, claim, names, needs_whole_batch
 from lance_jax.features import Features, features
 from lance_jax.folder import folder_pictures
-from lance_jax.loader import Loader, read_ahead
+from lance_jax.loader import Loader, check_batch, read_ahead
 from lance_jax.loop import ApplyFn, Examples, Fitted, fit, for_device, loss_of
 from lance_jax.memory import Report, SavedBytes
 from lance_jax.models import weights
@@ -156,11 +156,14 @@ def prepare(config: Config, workdir: str | Path) -> Problem:
     layers, first_block = trained_layers(network, config.trainable_layers)
     if config.model == "digits":
         pictures = {split: data.digits(split, classes) for split in splits}
-        claim(config, Path(workdir), pictures, variables)
-        variables = {"params": pretrain_digits(config, workdir)}
+        known = data.digits("train", names(config.pretrain.classes))
+        check_batch(len(known.labels), config.batch_size)
     else:
         pictures = read_pictures(config, splits, network.resolution)
-        claim(config, Path(workdir), pictures, variables)
+    check_batch(len(training_indices(config, pictures["train"].labels)[0]), config.batch_size)
+    claim(config, Path(workdir), pictures, variables)
+    if config.model == "digits":
+        variables = {"params": pretrain_digits(config, workdir)}
     n = len(pictures["train"].classes)
     print(
         f"loaded {len(jax.tree.leaves(variables))} tensors of a {type(network).__name__} "
@@ -249,8 +252,15 @@ def examples(
         parts = frozen_features(prefix, variables, parts, cache_dir)
     if config.eval_split == "test":
         return parts["train"], parts["test"]
-    kept, held_out = data.validation_split(train.labels, config.validation_fraction, config.seed)
+    kept, held_out = training_indices(config, train.labels)
     return parts["train"].take(kept), parts["train"].take(held_out)
+
+
+def training_indices(config: Config, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the training split (trained on, held out for validation)."""
+    if config.eval_split == "test":
+        return np.arange(len(labels)), np.arange(0)
+    return data.validation_split(labels, config.validation_fraction, config.seed)
 
 
 def frozen_features(

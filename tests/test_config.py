@@ -1,5 +1,6 @@
 """Settings, working directories and files that cannot be: one line, before anything long starts."""
 
+import os
 import re
 
 import numpy as np
@@ -20,9 +21,19 @@ def claim(workdir, train=None, weights=None):
     config.claim(settings(), workdir, {"train": pictures}, params)
 
 
-def test_a_mistyped_class_does_not_take_the_working_directory(tmp_path):
-    with pytest.raises(ValueError, match="class"):
-        train.prepare(settings(classes="five,6"), tmp_path)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classes": "five,6"}, "class 'five'"),
+        ({"pretrain": {"classes": "zero,1"}}, "class 'zero'"),
+        ({"batch_size": 1000}, "config.batch_size is 1000; it must be 1 to 6.., the training ex"),
+        ({"pretrain": {"classes": "0,1"}, "batch_size": 300}, "is 300; it must be 1 to 2.., the"),
+        ({"eval_split": "validation", "validation_fraction": 0.95}, "is 64; it must be 1 to 31,"),
+    ],
+)
+def test_a_mistake_does_not_take_the_working_directory(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train.prepare(settings(**changes), tmp_path)
     config.check(settings(), tmp_path)
     assert not (tmp_path / "config.json").exists()
 
@@ -77,6 +88,7 @@ def test_one_working_directory_has_the_same_inputs(tmp_path, what):
         ({"modes": "patch,channel"}, "'patch,channel'; patch goes with batch alone"),
         ({"dataset": "cifar10"}, "config.model is 'digits' and config.dataset is 'cifar10'"),
         ({"seed": -1}, "config.seed is -1; it must be at least 0"),
+        ({"seed": 2**32}, "config.seed is 4294967296; it must be below 4294967296"),
         ({"pretrain": {"epochs": 0}}, "config.pretrain.epochs is 0; it must be at least 1"),
         ({"pretrain": {"learning_rate": float("nan")}}, "pretrain.learning_rate is nan"),
         ({"momentum": 1.5}, "config.momentum is 1.5"),
@@ -115,8 +127,12 @@ def test_a_missing_or_mistyped_field_is_told_at_once(tmp_path, name, field, orig
         config.check(given, tmp_path)
     given = settings(name)
     with given.ignore_type():
-        given.epochs = "many"
-    with pytest.raises(ValueError, match="config.epochs is 'many'; it must be a number"):
+        given.epochs = 1.5
+    with pytest.raises(ValueError, match="config.epochs is 1.5; it must be an integer"):
+        config.check(given, tmp_path)
+    with given.ignore_type():
+        given.energy, given.epochs = "most", 1
+    with pytest.raises(ValueError, match="config.energy is 'most'; it must be a number"):
         config.check(given, tmp_path)
 
 
@@ -129,6 +145,13 @@ def test_an_unwritable_directory_is_told_at_once(tmp_path, setting):
     message = f"cannot write to {setting} '{places[setting]}': Not a directory"
     with pytest.raises(ValueError, match=re.escape(message)):
         train.compare(given, places["--workdir"])
+
+
+def test_a_directory_whose_name_is_no_utf8_is_told_at_once(tmp_path):
+    place = tmp_path / os.fsdecode(b"L\xf6we")
+    with pytest.raises(ValueError, match="^--workdir is .*, which is not UTF-8$"):
+        train.compare(settings(), place)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
