@@ -21,7 +21,8 @@ def use_cores() -> None:
 
 def mesh_for(*sizes: int) -> Mesh:
     """As many devices as divide batches of these sizes evenly."""
-    count = math.gcd(*sizes, jax.device_count())
+    common = math.gcd(*sizes)
+    count = max(n for n in range(1, jax.device_count() + 1) if common % n == 0)
     devices = jax.devices()[:count]
     return jax.make_mesh((count,), ("batch",), axis_types=(AxisType.Auto,), devices=devices)
 

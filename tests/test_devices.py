@@ -27,6 +27,14 @@ def test_a_mesh_divides_the_batch(size, count):
     assert [len(shard.data) for shard in found.addressable_shards] == [size // count] * count
 
 
+@pytest.mark.parametrize(("sizes", "count"), [((32,), 4), ((12, 32), 4), ((30,), 6), ((7,), 1)])
+def test_six_devices(monkeypatch, sizes, count):
+    """Four of them take a quarter of 32 each, not two a half."""
+    monkeypatch.setattr(jax, "device_count", lambda: 6)
+    monkeypatch.setattr(jax, "make_mesh", lambda shape, *_, **__: shape)
+    assert devices.mesh_for(*sizes) == (count,)
+
+
 def test_a_spread_batch_goes_through_a_network_of_replicated_parameters():
     two_devices()
     rng = np.random.default_rng(0)
