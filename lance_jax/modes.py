@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from typing import Any
 
 import jax
@@ -17,9 +18,36 @@ def mode_product(x: jax.Array, matrix: jax.Array, axis: int, precision: Any = No
 
     Accumulates in at least float32 and returns x's dtype.
     """
+    matrix = matrix.astype(x.dtype)
+    if axis == x.ndim - 1:
+        return _last_axis_product(x, matrix, precision)
+    default = functools.partial(_moved_product, axis=axis, precision=precision)
+    on_cpu = functools.partial(_batched_product, axis=axis, precision=precision)
+    return lax.platform_dependent(x, matrix, cpu=on_cpu, default=default)
+
+
+def _last_axis_product(x: jax.Array, matrix: jax.Array, precision: Any) -> jax.Array:
+    dims = (((x.ndim - 1,), (0,)), ((), ()))
+    return lax.dot_general(x, matrix, dims, precision, accumulator(x.dtype)).astype(x.dtype)
+
+
+def _moved_product(x: jax.Array, matrix: jax.Array, axis: int, precision: Any) -> jax.Array:
+    """One product, whose layout the compiler chooses."""
     dims = (((axis,), (0,)), ((), ()))
-    out = lax.dot_general(x, matrix.astype(x.dtype), dims, precision, accumulator(x.dtype))
+    out = lax.dot_general(x, matrix, dims, precision, accumulator(x.dtype))
     return jnp.moveaxis(out.astype(x.dtype), -1, axis)
+
+
+def _batched_product(x: jax.Array, matrix: jax.Array, axis: int, precision: Any) -> jax.Array:
+    """A small product for each place before the axis: on a CPU nothing has to be transposed."""
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    n, r = matrix.shape
+    size = math.prod(before)
+    matrices = jnp.broadcast_to(matrix.T, (size, r, n))
+    dims = (((2,), (1,)), ((0,), (0,)))
+    columns = x.reshape(size, n, math.prod(after))
+    out = lax.dot_general(matrices, columns, dims, precision, accumulator(x.dtype))
+    return out.astype(x.dtype).reshape(*before, r, *after)
 
 
 def accumulator(dtype: Any) -> Any:
