@@ -89,7 +89,7 @@ def show_table(results: Sequence[dict[str, Any]]) -> None:
         "go through the network at a time",
     )
     table.add_column("method")
-    headers = ("train loss", "at a time", "kept", "of backprop", "ms a step")
+    headers = ("train loss", "at a time", "kept, kB", "of backprop", "ms a step")
     for name in (f"{split} accuracy", *headers):
         table.add_column(name, justify="right", min_width=max(map(len, name.split())))
     for result in results:
@@ -100,7 +100,7 @@ def show_table(results: Sequence[dict[str, Any]]) -> None:
             f"{result[f'{split}_accuracy']:.1%}",
             f"{result['loss']:.3f}",
             str(result["micro_batch"]),
-            f"{kept / 1e3:,.1f} kB",
+            f"{kept / 1e3:,.1f}",
             f"1/{backprop / kept:.1f}",
             "-" if median is None else f"{1e3 * median:.1f}",
         )

@@ -78,6 +78,6 @@ def test_table(capsys, split):
     }
     metrics.show_table([result, {**result, "step_seconds": metrics.spread([])}])
     text = capsys.readouterr().out
-    for cell in ("digits", "lance", "98.8%", "0.012", "16", "2.5 kB", "1/20.0", "25.6"):
+    for cell in ("digits", "lance", "98.8%", "0.012", "16", "kB", "2.5", "1/20.0", "25.6"):
         assert cell in text
     assert split in text
