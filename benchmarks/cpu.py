@@ -29,6 +29,7 @@ from lance_jax.models import weights
 from lance_jax.models.mobilenet import MobileNetV2
 from lance_jax.models.network import Network
 from lance_jax.models.resnet import ResNet
+from lance_jax.problem import trained_layers
 from lance_jax.timing import least_seconds
 
 NETWORKS = ("mcunet-5fps", "mbv2-w0.35", "mobilenetv2-1.0", "resnet18")
@@ -126,7 +127,7 @@ def steps(
 ) -> tuple[dict[str, Callable], dict[str, int]]:
     """Functions that take one step each, and the micro-batches of this library's."""
     apply_fn = networks.apply_fn(network)
-    layers, _ = train.trained_layers(network, 4)
+    layers, _ = trained_layers(network, 4)
     patterns = ["/(kernel|bias|scale)$"]
     select = None if kind == "all" else [f"^{layer}/" for layer in layers]
     if kind == "last4":

@@ -24,7 +24,7 @@ import lance_jax
 from benchmarks import records, rivals, tasks
 from lance_jax import loop, train
 from lance_jax.config import Config
-from lance_jax.train import Problem
+from lance_jax.problem import Problem, prepare
 
 SEARCH_SEED = 100  # none of the test runs'
 SEEDS = range(5)
@@ -170,7 +170,7 @@ def problem_of(config: Config) -> Problem:
 @functools.cache
 def _prepared(config: str) -> Problem:
     with tempfile.TemporaryDirectory() as workdir:
-        return train.prepare(ml_collections.ConfigDict(json.loads(config)), workdir)
+        return prepare(ml_collections.ConfigDict(json.loads(config)), workdir)
 
 
 def run(config: Config, method: str, problem: Problem) -> dict[str, Any]:

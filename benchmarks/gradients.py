@@ -18,6 +18,7 @@ import lance_jax
 from benchmarks import records, tasks
 from benchmarks.step_time import batches
 from lance_jax import loop, train
+from lance_jax.problem import prepare
 
 BATCHES = 8
 ENERGIES = (0.9, 0.95, 0.96, 0.97, 0.98, 0.99)
@@ -46,7 +47,7 @@ def measure(
     """
     config: Any = tasks.config(model, data, seed=seed, **settings)
     workdir = tasks.RUNS / f"gradients-{data}-{seed}"
-    problem = train.prepare(config, workdir)
+    problem = prepare(config, workdir)
     head, lance = (
         train.fit_method(config, problem, method, workdir / method) for method in ("head", "lance")
     )

@@ -23,7 +23,7 @@ from lance_jax.config import Config, names
 from lance_jax.loader import Loader
 from lance_jax.models import network as networks
 from lance_jax.models.network import Network
-from lance_jax.train import Problem
+from lance_jax.problem import Problem, trained_layers
 
 MODES = ("batch", "height", "width", "channel")  # of a convolution's input, by axis
 Ranks = Mapping[str, Mapping[str, int]]  # path of the layer -> mode -> rank
@@ -195,7 +195,7 @@ def _blocks(network: Network) -> int:
 def checkpoint_bytes(config: Config, problem: Problem) -> dict[str, int]:
     """Bytes kept between the phases, and the most that one block needs when it is run again."""
     network, (_, params, picture) = problem.whole, problem.network
-    _, first = train.trained_layers(network, config.trainable_layers)
+    _, first = trained_layers(network, config.trainable_layers)
     trainable = train.trainable_patterns("backprop", problem.layers)
     loss = loop.loss_of(checkpointed(network, first))
     batch = _batch(config.batch_size, picture, problem)

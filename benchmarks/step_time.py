@@ -27,7 +27,7 @@ from benchmarks import finetune, records, rivals, tasks
 from lance_jax import loop, modes, quantize, train
 from lance_jax.config import Config, base
 from lance_jax.loader import Loader
-from lance_jax.train import Problem
+from lance_jax.problem import Problem, trained_layers
 
 WARM_UP = 3  # rounds that compile
 PLAIN = "jit"
@@ -142,7 +142,7 @@ def forward(method: str, config: Config, problem: Problem) -> Callable[[Any, Any
         (ranks,) = rivals.batch_ranks(config, problem, problem.params, 1)
         return rivals.hosvd(config, problem, ranks)
     if method == "checkpoint":
-        _, first = train.trained_layers(problem.whole, config.trainable_layers)
+        _, first = trained_layers(problem.whole, config.trainable_layers)
         return rivals.checkpointed(problem.whole.clone(start=first), first)
     if config.method == "backprop":
         return problem.train_fn

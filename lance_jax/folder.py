@@ -40,12 +40,7 @@ def folder_pictures(
     or, with `unreadable` "skip", are left out with a warning. ValueError too for a class with fewer
     than 2 pictures for training or none for the test. `track` wraps the loop, for a progress bar.
     """
-    root = Path(folder).expanduser()
-    if not folder or not root.is_dir():
-        raise ValueError(
-            f"config.folder is {str(folder)!r}, which is no folder; give "
-            "--config.folder=DIR, with a folder of pictures for each class"
-        )
+    root = class_root(folder)
     divided = all((root / split).is_dir() for split in SPLITS)
     parts = [_listed(root / split, side) for split in SPLITS] if divided else [_listed(root, side)]
     missing = set(parts[0].classes) ^ set(parts[-1].classes)
@@ -61,6 +56,17 @@ def folder_pictures(
     splits: dict[str, Pictures] = dict(zip(SPLITS, parts, strict=True))
     _check_counts(splits, root)
     return splits
+
+
+def class_root(folder: str | Path) -> Path:
+    """The folder of class folders; ValueError where it is none."""
+    root = Path(folder).expanduser()
+    if not folder or not root.is_dir():
+        raise ValueError(
+            f"config.folder is {str(folder)!r}, which is no folder; give "
+            "--config.folder=DIR, with a folder of pictures for each class"
+        )
+    return root
 
 
 def _listed(root: Path, side: int) -> Pictures:

@@ -10,6 +10,7 @@ import pytest
 import lance_jax
 from benchmarks import finetune, gradients, records, rivals, step_time, table, tasks
 from lance_jax import loop, train
+from lance_jax.problem import trained_layers
 from tests.tolerances import assert_close
 
 # the same in all tests, so that they share what is pretrained
@@ -110,7 +111,7 @@ def test_the_methods_that_equal_backprop_have_its_gradients_and_fewer_bytes(tmp_
     assert total["checkpoint"] < backprop and total["accumulate1"] < backprop
     assert total["accumulate1"] < total["accumulate8"]
     network = problem().whole
-    _, first = train.trained_layers(network, config().trainable_layers)
+    _, first = trained_layers(network, config().trainable_layers)
     checkpointed = rivals.checkpointed(network.clone(start=first), first)
     assert_equal_gradients(problem().train_fn, checkpointed)
 

@@ -11,6 +11,7 @@ from settings import settings
 
 from lance_jax import config, train
 from lance_jax.pictures import Pictures
+from lance_jax.problem import prepare
 
 
 def claim(workdir, train=None, weights=None):
@@ -33,7 +34,7 @@ def claim(workdir, train=None, weights=None):
 )
 def test_a_mistake_does_not_take_the_working_directory(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        train.prepare(settings(**changes), tmp_path)
+        prepare(settings(**changes), tmp_path)
     config.check(settings(), tmp_path)
     assert not (tmp_path / "config.json").exists()
 

@@ -46,6 +46,7 @@ ORDER = [
     "timing",
     "devices",
     "loop",
+    "problem",
     "train",
     "main",
     "predict",

@@ -7,7 +7,7 @@ import pytest
 
 from lance_jax.models import weights
 from lance_jax.models.layers import Block
-from lance_jax.train import trained_layers
+from lance_jax.problem import trained_layers
 from tests.pretrained import Reference, pictures, relu6
 from tests.real_data import WEIGHTS, needs_real_data
 from tests.tolerances import assert_close

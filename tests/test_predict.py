@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from lance_jax import data, predict, train
+from lance_jax import data, predict, problem, train
 from lance_jax.models import weights
 from lance_jax.models.digits import DigitsNet
 from lance_jax.models.network import as_variables, shapes
@@ -79,12 +79,12 @@ def test_a_saved_model_is_the_whole_trained_network(name, tmp_path, monkeypatch,
     small = {"resolution": 0, "cache_dir": "", "flip": False, "trainable_layers": 2}
     small["batch_size"] = 8
     config = settings("pets", weights=str(path), **small)
-    problem = train.prepare(config, tmp_path / "run")
-    params = changed(problem.params)
+    ready = problem.prepare(config, tmp_path / "run")
+    params = changed(ready.params)
     path = tmp_path / "trained.safetensors"
-    train.save_model(path, problem, params)
+    train.save_model(path, ready, params)
 
-    ours = jax.jit(problem.apply_fn)(params, jnp.asarray(problem.evaluation.read(range(8))))
+    ours = jax.jit(ready.apply_fn)(params, jnp.asarray(ready.evaluation.read(range(8))))
     ended = Reference()
     ended.tensors = load_file(path)
     assert_close(ours, forward(ended, x))
@@ -105,8 +105,8 @@ def test_a_saved_model_can_be_fine_tuned(tmp_path, monkeypatch):
     config = settings("pets", weights=str(tmp_path / "file.safetensors"), resolution=0)
     config.update({"cache_dir": "", "batch_size": 8})
     config.trainable_layers = 4  # all: no features to be computed
-    problem = train.prepare(config, tmp_path / "run")
-    params = as_variables(problem.params)
+    ready = problem.prepare(config, tmp_path / "run")
+    params = as_variables(ready.params)
     assert params["params"].pop("head")["kernel"].shape[-1] == 7
     del variables["params"]["head"]
     jax.tree.map(np.testing.assert_array_equal, params, variables)
@@ -115,7 +115,7 @@ def test_a_saved_model_can_be_fine_tuned(tmp_path, monkeypatch):
 def test_a_network_for_grey_pictures_is_not_fine_tuned_on_coloured_ones(run, tmp_path):
     config = settings("pets", weights=str(run / "head" / weights.FILE), resolution=0, cache_dir="")
     with pytest.raises(ValueError, match="of a DigitsNet, which takes no coloured pictures"):
-        train.prepare(config, tmp_path / "run")
+        problem.prepare(config, tmp_path / "run")
 
 
 # --- A run on the digits
@@ -138,10 +138,10 @@ def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("digits")
     config = settings(method="head", epochs=8, learning_rate={"head": 0.4})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "pretrain_digits", pretrained_digits)
+        patch.setattr(problem, "pretrain_digits", pretrained_digits)
         patch.setattr(train, "saved_bytes", lambda *_: ({}, {}))  # nothing here is about bytes
-        problem = train.prepare(config, workdir)
-        yield config, workdir, problem, train.run(config, workdir, "head", problem)
+        ready = problem.prepare(config, workdir)
+        yield config, workdir, ready, train.run(config, workdir, "head", ready)
 
 
 @pytest.fixture

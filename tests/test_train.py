@@ -16,6 +16,7 @@ from lance_jax import data, devices, loop, train
 from lance_jax.config import METHODS
 from lance_jax.features import Features
 from lance_jax.pictures import Pictures
+from lance_jax.problem import prepare
 
 KEYS = {
     "config",
@@ -38,7 +39,7 @@ KEYS = {
 def small(tmp_path_factory):
     """A problem that these tests share: (config, workdir, problem)."""
     config, workdir = settings(pretrain={"epochs": 1}), tmp_path_factory.mktemp("small")
-    return config, workdir, train.prepare(config, workdir)
+    return config, workdir, prepare(config, workdir)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +169,7 @@ def test_validation_split_leaves_the_test_pictures_alone(small, tmp_path, monkey
 
     monkeypatch.setattr(data, "digits", train_only)
     config = settings(eval_split="validation", pretrain={"epochs": 1})
-    problem = train.prepare(config, tmp_path)
+    problem = prepare(config, tmp_path)
     kept, held_out = problem.train, problem.evaluation
     _, _, whole = small
     assert len(kept.labels) + len(held_out.labels) == len(whole.train.labels)
@@ -240,7 +241,7 @@ def test_a_folder_of_pictures(folder, tmp_path, layers, inputs):
     """With nothing frozen the pictures themselves are the inputs, decoded as they are needed."""
     config = settings("folder", trainable_layers=layers, method="lance", **folder)
     workdir = tmp_path / "run"
-    problem = train.prepare(config, workdir)
+    problem = prepare(config, workdir)
     assert type(problem.train) is inputs and problem.train.views == 2
     assert type(problem.evaluation) is inputs and problem.evaluation.views == 1
     assert len(problem.train.labels) == 32 and len(problem.evaluation.labels) == 8
@@ -254,7 +255,7 @@ def test_features_and_pictures_are_of_one_network(folder, tmp_path):
     logits = []
     for layers in (1, 3):
         config = settings("folder", trainable_layers=layers, **folder)
-        problem = train.prepare(config, tmp_path / str(layers))
+        problem = prepare(config, tmp_path / str(layers))
         params = {**problem.params, "head": {"kernel": np.eye(16, 2, dtype=np.float32)}}
         params["head"]["bias"] = np.zeros(2, np.float32)
         logits.append(problem.apply_fn(params, jnp.asarray(problem.evaluation.read(range(8)))))
@@ -263,7 +264,7 @@ def test_features_and_pictures_are_of_one_network(folder, tmp_path):
 
 def test_validation_pictures_are_held_out(folder, tmp_path):
     config = settings("folder", trainable_layers=3, eval_split="validation", **folder)
-    problem = train.prepare(config, tmp_path / "run")
+    problem = prepare(config, tmp_path / "run")
     kept, held_out = problem.train, problem.evaluation
     assert len(kept.labels) + len(held_out.labels) == 32
     assert not set(kept.images) & set(held_out.images)

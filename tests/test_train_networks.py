@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from settings import settings
 
-from lance_jax import data, train
+from lance_jax import data, problem, train
 from lance_jax.models import network, weights
 from lance_jax.models.deit import DeiT
 from lance_jax.models.mobilenet import MobileNetV2
@@ -40,7 +40,7 @@ def prepare(tmp_path, monkeypatch):
         weights.save(path, net, drawn(net))
         small = {"weights": str(path), "resolution": 0, "cache_dir": "", "batch_size": 8}
         config = settings("pets", **{**small, "epochs": 3, "trainable_layers": 3, **changes})
-        return config, workdir, train.prepare(config, workdir)
+        return config, workdir, problem.prepare(config, workdir)
 
     return prepare
 
@@ -103,33 +103,6 @@ def test_the_new_head_is_told_of(prepare, capsys):
     # a tensor of each of 8 convolutions, 4 of each one's norm, and the head's
     assert "loaded 41 tensors of a ResNet (8 px) from " in line and "resnet.safetensors" in line
     assert "its head ('head', 2 classes) is new" in line
-
-
-@pytest.mark.parametrize(
-    ("name", "n", "layers", "block"),
-    [
-        (
-            "resnet18",
-            4,
-            ["blocks_6/conv2", "blocks_6/shortcut", "blocks_7/conv1", "blocks_7/conv2"],
-            6,
-        ),
-        ("resnet18", 1, ["blocks_7/conv2"], 7),
-        ("deit_tiny_patch16_224", 2, ["blocks_11/fc1", "blocks_11/fc2"], 11),
-        ("mobilenetv2_100", 1, ["features"], 17),
-        ("mobilenetv2_100", 2, ["blocks_16/conv3", "features"], 16),
-        ("alexnet", 2, ["blocks_3/dense", "blocks_4/dense"], 3),
-    ],
-)
-def test_the_last_layers(name, n, layers, block):
-    assert train.trained_layers(weights.MODELS[name], n) == (layers, block)
-
-
-def test_all_layers_begin_at_the_stem():
-    layers, block = train.trained_layers(NETWORKS["resnet"], 8)
-    assert layers[0] == "stem" and block == 0
-    with pytest.raises(ValueError, match="config.trainable_layers is 9: .*the 8 that are neither"):
-        train.trained_layers(NETWORKS["resnet"], 9)
 
 
 def test_frozen_statistics_stay(prepare):
