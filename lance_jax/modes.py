@@ -12,6 +12,9 @@ from jax import lax
 # (axis, size before, size after) of each mode product of a chain
 Steps = tuple[tuple[int, int, int], ...]
 
+# Elements behind an axis from which on a CPU is faster with a product for each place before it.
+_COLUMNS = 40
+
 
 def mode_product(x: jax.Array, matrix: jax.Array, axis: int, precision: Any = None) -> jax.Array:
     """x with its `axis` contracted with the first axis of `matrix` (n, r): size n becomes r.
@@ -22,6 +25,8 @@ def mode_product(x: jax.Array, matrix: jax.Array, axis: int, precision: Any = No
     if axis == x.ndim - 1:
         return _last_axis_product(x, matrix, precision)
     default = functools.partial(_moved_product, axis=axis, precision=precision)
+    if math.prod(x.shape[axis + 1 :]) < _COLUMNS:
+        return default(x, matrix)
     on_cpu = functools.partial(_batched_product, axis=axis, precision=precision)
     return lax.platform_dependent(x, matrix, cpu=on_cpu, default=default)
 

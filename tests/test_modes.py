@@ -12,7 +12,7 @@ from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 
-SHAPE, RANKS = (3, 4, 5, 6), (2, 4, 1, 3)
+SHAPE, RANKS = (3, 4, 5, 9), (2, 4, 1, 3)  # more and fewer than 40 elements behind an axis
 
 
 def drawn(dtype="float32", shape=SHAPE):
