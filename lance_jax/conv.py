@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lance_jax import hosvd, windows
+from lance_jax import hosvd, shifted, windows
 from lance_jax.dense import gram
 from lance_jax.modes import Steps, accumulator, apply_chain, cheapest_chain, mode_product
 
@@ -21,6 +21,8 @@ _PATCH_BYTES = 64 * 2**20
 # Places of a kernel up to which its gradient is a matrix product for each: more take long to
 # compile.
 _TAPS = 49
+# Part of the input up to which rows of it are expanded from a core at a time.
+_PART = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,14 +174,14 @@ class Conv:
         """dW at the projected input, from the core alone, in the cheapest order by MACs."""
         dy = dy.transpose(self.y_axes)
         ranks = tuple((mode, u.shape[-1]) for mode, u in bases.items())
-        _, expand, project, shifted = _cheapest(self, ranks)
+        macs, expand, project, steps = _cheapest(self, ranks)
         matrices = self._matrices(bases)
         core = apply_chain(core, {a: u.T for a, u in matrices.items()}, expand, self.precision)
         dy = apply_chain(dy, matrices, project, self.precision)
         if "patch" in bases:
             dw = self._patch_gradient(core, dy, bases["patch"])
-        elif shifted:
-            dw = self._shifted_gradient(core, dy, matrices, shifted)
+        elif steps:
+            dw = self._projected_gradient(core, dy, matrices, steps, macs)
         else:
             dw = self._plain_gradient(core, dy)
         if "channel" in bases:
@@ -233,6 +235,29 @@ class Conv:
             products.append(lax.dot_general(window, dy, dims, self.precision, acc))
         dw = jnp.stack(products).astype(dy.dtype)
         return dw.reshape(*self._w_sizes[:-2], x.shape[-1], dy.shape[-1])
+
+    def _projected_gradient(
+        self,
+        core: jax.Array,
+        dy: jax.Array,
+        matrices: dict[int, jax.Array],
+        steps: Steps,
+        macs: int,
+    ) -> jax.Array:
+        """(spatial..., channel / groups, out) from a core whose spatial axes are not whole.
+
+        macs: what it costs by `steps`; on a CPU rows of the input may be expanded for less.
+        """
+        default = functools.partial(self._shifted_gradient, steps=steps)
+        by_rows_macs = len(dy) * shifted.core_macs(self, core.shape[1:-1])
+        if not self.depthwise or shifted.core_part(self) > _PART or by_rows_macs > macs:
+            return default(core, dy, matrices)
+
+        def by_rows(core: jax.Array, dy: jax.Array, matrices: dict[int, jax.Array]) -> jax.Array:
+            bases = [matrices.get(axis) for axis in range(1, core.ndim - 1)]
+            return shifted.kernel_gradient_of_core(self, core, dy, bases)
+
+        return lax.platform_dependent(core, dy, matrices, cpu=by_rows, default=default)
 
     def _shifted_gradient(
         self, core: jax.Array, dy: jax.Array, matrices: dict[int, jax.Array], steps: Steps

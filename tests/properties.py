@@ -203,12 +203,12 @@ def weight_backward(apply: Callable, params: Any, x: Any) -> Backward:
         needed |= {var for var in eqn.invars if not isinstance(var, jax.extend.core.Literal)}
         for inner in (eqn, *(e for body in bodies(eqn) for e in equations(body))):
             shapes += [var.aval.shape for var in inner.outvars]
-            macs += macs_of(inner)
+        macs += macs_of(eqn)
     return Backward(shapes, macs)
 
 
 def macs_of(eqn: Any) -> int:
-    """MACs of a product or convolution, 0 of any other equation."""
+    """MACs of a product or convolution, and of those in bodies: of a choice the dearest branch."""
     size = math.prod(eqn.outvars[0].aval.shape) if eqn.outvars else 0
     if eqn.primitive is lax.dot_general_p:
         (contracted, _), _ = eqn.params["dimension_numbers"]
@@ -216,7 +216,10 @@ def macs_of(eqn: Any) -> int:
     if eqn.primitive is lax.conv_general_dilated_p:
         kernel = eqn.invars[1].aval
         return size * kernel.size // kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
-    return 0
+    inner = [sum(map(macs_of, body.eqns)) for body in bodies(eqn)]
+    if eqn.primitive.name == "cond":
+        return max(inner)
+    return eqn.params.get("length", 1) * sum(inner)
 
 
 def assert_never_rebuilt(case: Case, plans: Mapping[str, Plan], cheaper: bool = True) -> None:

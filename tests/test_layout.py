@@ -22,6 +22,7 @@ ORDER = [
     "quantize",
     "dense",
     "windows",
+    "shifted",
     "conv",
     "pointwise",
     "cpu_conv",
