@@ -5,6 +5,7 @@ training head and biases alone by `WORTH` points of test accuracy. Times on a CP
 small networks and a batch of `CPU_BATCH`.
 """
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -180,8 +181,8 @@ def _never_slower(rows: list[dict]) -> Row:
         f"least {markdown.ratio(found[least])}: {time_tables.CPU_NETWORKS[network]}, "
         f"{time_tables.CPU_KINDS[kind]}, batch {size}, {ours}"
     )
-    expected = {(n, kind) for n in time_tables.CPU_NETWORKS for kind in time_tables.CPU_KINDS}
-    finished = {(row["network"], row["kind"]) for row in rows} == expected
+    wanted = itertools.product(time_tables.CPU_NETWORKS, time_tables.CPU_KINDS, (1, CPU_BATCH))
+    finished = {(r["network"], r["kind"], r["batch_size"]) for r in rows} >= set(wanted)
     return target, text, _verdict(found[least]["median"] >= 1, finished)
 
 

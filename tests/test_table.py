@@ -314,6 +314,8 @@ def test_targets_of_the_times_on_a_cpu():
     assert judge(rows)[:2] == ["met", "missed"], "the worse of the two networks counts"
     part = [row for row in cpu_times(6.0, 2.6) if row["network"] == "mcunet-5fps"]
     assert judge(part) == ["met, so far"] * 9
+    of_one_size = [row for row in cpu_times(6.0, 2.6) if row["batch_size"] == 32]
+    assert judge(of_one_size) == [*["met"] * 8, "met, so far"]
     assert judge([]) == ["not measured"] * 9
 
 
