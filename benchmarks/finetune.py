@@ -23,7 +23,7 @@ import ml_collections
 import lance_jax
 from benchmarks import records, rivals, tasks
 from lance_jax import loop, train
-from lance_jax.config import Config
+from lance_jax.config import Config, base
 from lance_jax.problem import Problem, prepare
 
 SEARCH_SEED = 100  # none of the test runs'
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", choices=tasks.DATA, default=["cifar10", "cifar100"])
     methods = [*METHODS, *EXACT]
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
-    parser.add_argument("--energies", nargs="+", type=float, default=[0.98])
+    parser.add_argument("--energies", nargs="+", type=float, default=[base().energy])
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     given = parser.parse_args()
     tasks.cache_compilations()

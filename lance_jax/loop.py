@@ -111,12 +111,12 @@ def fit(
         optax.clip_by_global_norm(config.clip), optax.sgd(schedule, momentum=config.momentum)
     )
 
-    def gradients(factors: lance_jax.Factors, size: int) -> tuple[ValueAndGrad, Mesh]:
+    def gradients(factors: lance_jax.Factors, samples: int) -> tuple[ValueAndGrad, Mesh]:
         """The gradients of a device's part of the batch, and the devices, for micro-batches."""
-        mesh = devices.mesh_for(1 if micro_batch is None else size, config.batch_size)
+        mesh = devices.mesh_for(1 if micro_batch is None else samples, config.batch_size)
         compressed = apply_fn if calibrate is None else lance_jax.compress(apply_fn, factors)
         loss = loss_of(for_device(compressed), has_aux)
-        part = size // mesh.size
+        part = samples // mesh.size
         found = lance_jax.value_and_grad(
             loss, trainable=trainable, has_aux=has_aux, micro_batch=part
         )
