@@ -20,14 +20,18 @@ def sentence(measured: Measured) -> str:
         place = f"{' and '.join(models)} on {' and '.join(data)}"
     else:
         place = ", ".join(f"{grid.MODELS[model]} on {grid.DATA[name]}" for model, name in cells)
-    fewer = markdown.span([grid.gain(measured[cell][lance]) for cell in cells])
+    fewer = markdown.span(
+        [grid.gain(measured[cell][lance], measured[cell][BACKPROP]) for cell in cells]
+    )
     differences = [
         grid.paired(measured[cell][lance], measured[cell][BACKPROP])[0] for cell in cells
     ]
     seeds = min(len(measured[cell][lance]) for cell in cells)
-    over = f"mean over {seeds} seeds"
+    over = f"{seeds} seeds"
     if len(cells) > 1:
-        over += f" and {len(cells)} cells, {min(differences):+.1f} to {max(differences):+.1f}"
+        over = (
+            f"{min(differences):+.1f} to {max(differences):+.1f} by network and data, {over} each"
+        )
     return (
         f"Fine-tuning {place}, LANCE{energy} keeps {fewer} times fewer bytes for the backward pass "
         f"than plain backprop, at a difference in test accuracy of {np.mean(differences):+.1f} "
@@ -45,11 +49,11 @@ def main_table(measured: Measured, counted: Measured) -> str:
     by_method = {e.method: e for e in reversed(grid.in_order(entries))}
 
     def row(entry: Entry) -> list[str]:
-        runs = [{**counted.get(cell, {}), **measured[cell]}.get(entry) for cell in cells]
-        found = [one for one in runs if one]
-        fewer = markdown.span([grid.gain(one) for one in found])
-        if any(grid.transient(one) for one in found):
-            fewer += f"; {markdown.span([peak_gain(one) for one in found])} at its peak"
+        runs = {cell: {**counted.get(cell, {}), **measured[cell]}.get(entry) for cell in cells}
+        found = [(one, measured[cell][BACKPROP]) for cell, one in runs.items() if one]
+        fewer = markdown.span([grid.gain(*both) for both in found])
+        if any(grid.transient(one) for one, _ in found):
+            fewer += f"; {markdown.span([grid.peak_gain(*both) for both in found])} at its peak"
         shown = (accuracy(cell, entry, measured) for cell in cells)
         return [entry.name, *shown, fewer]
 
@@ -112,9 +116,10 @@ def accuracy_table(
 
     def row(entry: Entry) -> list[str]:
         if entry in found:
-            cells = accuracy_columns(entry, found) + bytes_columns(found[entry])
+            cells = accuracy_columns(entry, found)
         else:
-            cells = ["", "equals plain backprop", "0", ""] + bytes_columns(counted[entry])
+            cells = ["", "equals plain backprop", "0", ""]
+        cells += bytes_columns({**counted, **found}[entry], found[BACKPROP])
         time = milliseconds.get((cell, entry))
         return [entry.name, *cells, "" if time is None else f"{time:.0f}"]
 
@@ -135,16 +140,12 @@ def accuracy_columns(entry: Entry, found: dict[Entry, grid.Runs]) -> list[str]:
     ]
 
 
-def bytes_columns(runs: grid.Runs) -> list[str]:
+def bytes_columns(runs: grid.Runs, backprop: grid.Runs) -> list[str]:
     total = f"{grid.kept(runs) / 1000:,.0f}"
-    fewer = f"{grid.gain(runs):.1f}"
+    fewer = f"{grid.gain(runs, backprop):.1f}"
     extra = grid.transient(runs)
     if extra:  # counted as a whole
         peak = f"{(grid.kept(runs) + extra) / 1000:,.0f}"
-        return [f"– / {total}, {peak} at its peak", f"{fewer}, {peak_gain(runs):.1f} at its peak"]
+        fewer += f", {grid.peak_gain(runs, backprop):.1f} at its peak"
+        return [f"– / {total}, {peak} at its peak", fewer]
     return [f"{grid.kept(runs, 'layer_inputs') / 1000:,.0f} / {total}", fewer]
-
-
-def peak_gain(runs: grid.Runs) -> float:
-    """Times fewer bytes than plain backprop keeps, while a checkpointed block is run again."""
-    return grid.kept(runs, of="saved_bytes_backprop") / (grid.kept(runs) + grid.transient(runs))

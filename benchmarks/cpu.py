@@ -151,24 +151,13 @@ def steps(
         "lance_jax backprop": lance_jax.lower_for_cpu(apply_fn),
         "lance_jax LANCE": lance_jax.lower_for_cpu(lance_jax.compress(apply_fn, factors)),
     }.items():
-        sizes = [*(n for n in loop.MICRO_BATCHES if n < len(x)), len(x)]
-        candidates = [divided(loop.loss_of(fn), patterns, params, x, y, size) for size in sizes]
-        variants[name] = fastest(candidates)
-        chosen[name] = sizes[candidates.index(variants[name])]
+        gradients = loop.gradients_of(loop.loss_of(fn), patterns, len(x))
+        calls = loop.in_micro_batches(gradients, params, (x, y))
+        variants[name] = fastest([*calls.values()])
+        chosen[name] = next(size for size, call in calls.items() if call is variants[name])
     paths = [path for path, leaf in flatten_dict(trained, sep="/").items() if leaf is not None]
     variants["torch"] = fastest([torch_step(network, params, x, y, paths, f) for f in FORMATS])
     return variants, chosen
-
-
-def divided(
-    loss: Callable, patterns: list[str], params: Any, x: np.ndarray, y: np.ndarray, micro_batch: int
-) -> Callable:
-    """A step of this library, `micro_batch` samples at a time, divided among the cores."""
-    mesh = devices.mesh_for(micro_batch, len(x))
-    part = micro_batch // mesh.size
-    step = lance_jax.value_and_grad(loss, trainable=patterns, micro_batch=part)
-    given = devices.replicate(params, mesh), *devices.spread((x, y), mesh)
-    return functools.partial(devices.divided(step, mesh), *given)
 
 
 def torch_step(

@@ -161,14 +161,19 @@ def paired(runs: Runs, reference: Runs) -> tuple[float, float, float]:
     return float(np.mean(ours) - np.mean(theirs)), float(interval.low), float(interval.high)
 
 
-def kept(runs: Runs, count: str = "total", of: str = "saved_bytes") -> float:
+def kept(runs: Runs, count: str = "total") -> float:
     """Bytes kept for one batch, mean over seeds; `count` is layer_inputs or total."""
-    return float(np.mean([record["result"][of][count] for record in runs.values()]))
+    return float(np.mean([record["result"]["saved_bytes"][count] for record in runs.values()]))
 
 
-def gain(runs: Runs) -> float:
-    """Times fewer bytes kept in all than by plain backprop."""
-    return kept(runs, of="saved_bytes_backprop") / kept(runs)
+def gain(runs: Runs, backprop: Runs) -> float:
+    """Times fewer bytes kept in all than by plain backprop of all the trained layers."""
+    return kept(backprop) / kept(runs)
+
+
+def peak_gain(runs: Runs, backprop: Runs) -> float:
+    """The same while a checkpointed block is run again."""
+    return kept(backprop) / (kept(runs) + transient(runs))
 
 
 def transient(runs: Runs) -> float:

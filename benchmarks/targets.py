@@ -42,6 +42,21 @@ def judged(measured: Measured) -> dict[Cell, dict[Entry, Runs]]:
     }
 
 
+def _not_judged(measured: Measured) -> str:
+    """The other cells, with what sets LANCE apart there."""
+    found = []
+    for cell in grid.JUDGED:
+        runs = measured.get(cell, {})
+        if cell not in judged(measured) and {BACKPROP, BIAS, grid.lance()} <= runs.keys():
+            ahead = grid.paired(runs[BACKPROP], runs[BIAS])[0]
+            ours, low, high = grid.paired(runs[grid.lance()], runs[BIAS])
+            found.append(
+                f"{grid.cell_name(cell)} (plain backprop {ahead:+.2f}, LANCE "
+                f"{markdown.difference(ours, low, high)} beside head and biases)"
+            )
+    return "; ".join(found)
+
+
 def finished(measured: Measured) -> bool:
     """Whether all cells have what decides if LANCE is judged in them."""
     needed = {BACKPROP, BIAS, grid.lance()}
@@ -66,7 +81,7 @@ def _verdict(met: bool, finished: bool) -> str:
 
 
 def _difference(cells: Measured, finished: bool) -> Row:
-    target = f"accuracy minus plain backprop's, mean over the cells: {DIFFERENCE} points or better"
+    target = f"accuracy minus plain backprop's, mean of the judged cells: {DIFFERENCE} or better"
     if not cells:
         return target, "", "not measured"
     found = {c: grid.paired(runs[grid.lance()], runs[BACKPROP])[0] for c, runs in cells.items()}
@@ -76,7 +91,7 @@ def _difference(cells: Measured, finished: bool) -> Row:
 
 
 def _interval(cells: Measured, finished: bool) -> Row:
-    target = f"no cell's 95 % interval of that difference wholly below {INTERVAL}"
+    target = f"no judged cell's 95 % interval of that difference wholly below {INTERVAL}"
     if not cells:
         return target, "", "not measured"
     upper = {c: grid.paired(runs[grid.lance()], runs[BACKPROP])[2] for c, runs in cells.items()}
@@ -85,15 +100,15 @@ def _interval(cells: Measured, finished: bool) -> Row:
 
 
 def _bytes(cells: Measured, finished: bool) -> Row:
-    target = f"bytes kept in all: {FEWER:g} times fewer than plain backprop in every cell"
+    target = f"bytes kept in all: {FEWER:g} times fewer than plain backprop in every judged cell"
     if not cells:
         return target, "", "not measured"
-    found = [grid.gain(runs[grid.lance()]) for runs in cells.values()]
+    found = [grid.gain(runs[grid.lance()], runs[BACKPROP]) for runs in cells.values()]
     return target, markdown.span(found), _verdict(min(found) >= FEWER, finished)
 
 
 def _ahead(rival: Entry, cells: Measured, finished: bool) -> Row:
-    target = f"accuracy ahead of {rival.name} in every cell"
+    target = f"accuracy ahead of {rival.name} in every judged cell"
     both = {c: runs for c, runs in cells.items() if rival in runs}
     if not both:
         return target, "", "not measured"
@@ -106,7 +121,8 @@ def _ahead(rival: Entry, cells: Measured, finished: bool) -> Row:
 def _quantised(cells: Measured, finished: bool) -> Row:
     rival = Entry("int4")
     target = (
-        f"fewer bytes than {rival.name} at equal accuracy (the intervals overlap) in every cell"
+        f"fewer bytes than {rival.name} at equal accuracy (the intervals overlap) "
+        "in every judged cell"
     )
     both = {c: runs for c, runs in cells.items() if rival in runs}
     if not both:
@@ -192,10 +208,11 @@ def _extreme(choose: Callable, found: dict[Cell, float]) -> str:
 
 
 def table(measured: Measured, decompositions: list[dict], cpu: list[dict]) -> str:
-    cells = judged(measured)
-    names = "; ".join(grid.cell_name(cell) for cell in cells) or "none yet"
-    if not finished(measured):
-        names += ". Not all cells are measured"
+    names = "; ".join(map(grid.cell_name, judged(measured))) or "none yet"
     text = f"Judged where plain backprop is ahead of head and biases by a point: {names}."
+    if others := _not_judged(measured):
+        text += f" Not judged: {others}."
+    if not finished(measured):
+        text += " Not all cells are measured."
     found = [list(row) for row in [*rows(measured, decompositions), *cpu_rows(cpu)]]
     return f"{text}\n\n{markdown.table(['target', 'measured', ''], found)}"

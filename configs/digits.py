@@ -1,6 +1,6 @@
 """Scikit-learn's digits: a small network pretrained on 0-4, fine-tuned on 5-9. The default.
 
-Two CPU cores, offline, under two minutes:
+Two CPU cores, offline, about a minute:
     python -m lance_jax.main
 """
 

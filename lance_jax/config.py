@@ -62,7 +62,7 @@ def base() -> ml_collections.ConfigDict:
 
     # LANCE. `modes`: "" for the default, "paper", "none" for whole inputs, or "channel,height".
     config.calibration_batches = 8
-    config.energy = 0.96  # see README for what others give
+    config.energy = 0.96  # see docs/results.md for what others give
     config.modes = ""
     config.core_dtype = "int4"  # "bfloat16", "int8", or "" for the activation's own
 
@@ -96,7 +96,7 @@ def pretrained() -> ml_collections.ConfigDict:
     config.resolution = 160
     # Found on a validation split of CIFAR-10 with MCUNet: a start for other pictures and networks.
     config.learning_rate = ml_collections.ConfigDict(
-        {"head": 0.0125, "bias": 0.1, "backprop": 0.05, "lance": 0.05}
+        {"head": 0.0125, "bias": 0.05, "backprop": 0.05, "lance": 0.05}
     )
     config.batch_stats = "frozen"  # or "trained", for networks with batch norm
     config.cache_dir = "~/.cache/lance_jax"  # of frozen features; "" for memory alone

@@ -42,6 +42,8 @@ class Batch(NamedTuple):
 
 
 StepFn = Callable[[Any, Batch], tuple[Any, float, float]]
+# samples at a time -> the gradients of a device's part of a batch, and the devices
+Gradients = Callable[[int], tuple[ValueAndGrad, Mesh]]
 
 
 class Fitted(NamedTuple):
@@ -111,16 +113,11 @@ def fit(
         optax.clip_by_global_norm(config.clip), optax.sgd(schedule, momentum=config.momentum)
     )
 
-    def gradients(factors: lance_jax.Factors, samples: int) -> tuple[ValueAndGrad, Mesh]:
-        """The gradients of a device's part of the batch, and the devices, for micro-batches."""
-        mesh = devices.mesh_for(1 if micro_batch is None else samples, config.batch_size)
+    def gradients_with(factors: lance_jax.Factors) -> Gradients:
         compressed = apply_fn if calibrate is None else lance_jax.compress(apply_fn, factors)
         loss = loss_of(for_device(compressed), has_aux)
-        part = samples // mesh.size
-        found = lance_jax.value_and_grad(
-            loss, trainable=trainable, has_aux=has_aux, micro_batch=part
-        )
-        return found, mesh
+        shared = 1 if micro_batch is None else config.batch_size
+        return gradients_of(loss, trainable, shared, has_aux)
 
     with Checkpoints(directory / "checkpoints") as checkpoints:
         initial = _initial_state(params, optimizer, trainable, config.seed)
@@ -129,14 +126,14 @@ def fit(
             now = _start(initial, calibrate)
             chosen = config.batch_size if micro_batch is None else micro_batch
             chosen = min(chosen, config.batch_size) or _fastest(
-                functools.partial(gradients, now.factors),
+                gradients_with(now.factors),
                 params,
                 (examples.read(np.arange(config.batch_size)), examples.labels[: config.batch_size]),
                 directory.name,
             )
             now = now._replace(info={**now.info, "micro_batch": chosen})
             checkpoints.save(now)
-        value_and_grad, mesh = gradients(now.factors, now.info["micro_batch"])
+        value_and_grad, mesh = gradients_with(now.factors)(now.info["micro_batch"])
         now = now._replace(state=devices.replicate(now.state, mesh))
         loader = Loader(size, config.batch_size, config.seed, tuple(now.info["position"]))
         batches = _batches(examples, loader, now.state["key"])
@@ -165,6 +162,25 @@ def fit(
             "another --workdir"
         )
     return _fitted(now, lines, last)
+
+
+def gradients_of(
+    loss: Callable[..., Any], trainable: list[str] | None, shared: int, has_aux: bool = False
+) -> Gradients:
+    """The loss's gradients with a number of samples at a time in the network.
+
+    They are divided among as many devices as divide them and `shared` evenly.
+    """
+
+    def gradients(samples: int) -> tuple[ValueAndGrad, Mesh]:
+        mesh = devices.mesh_for(samples, shared)
+        part = samples // mesh.size
+        found = lance_jax.value_and_grad(
+            loss, trainable=trainable, has_aux=has_aux, micro_batch=part
+        )
+        return found, mesh
+
+    return gradients
 
 
 def _fitted(now: Checkpoint, lines: list[dict[str, Any]], last: list[dict[str, Any]]) -> Fitted:
@@ -210,22 +226,41 @@ def _start(state: Any, calibrate: Callable[[], lance_jax.Factors] | None) -> Che
     return Checkpoint(0, state, factors, {"position": (0, 0), "calibration_seconds": seconds})
 
 
-def _fastest(
-    gradients: Callable[[int], tuple[ValueAndGrad, Mesh]], params: Any, batch: Any, name: str
-) -> int:
+def _fastest(gradients: Gradients, params: Any, batch: Any, name: str) -> int:
     """The micro-batch with which a gradient of this batch takes the least time; says so."""
+    seconds = least_seconds(in_micro_batches(gradients, params, batch))
+    best = min(seconds, key=lambda size: seconds[size])
+    times = ", ".join(f"{1e3 * seconds[size]:.1f} of {size}" for size in seconds)
+    print(f"{name}: micro-batches of {best} (ms a gradient, in micro-batches: {times})")
+    return best
+
+
+def in_micro_batches(gradients: Gradients, params: Any, batch: Any) -> dict[int, Callable]:
+    """Calls that give the gradient of a batch, by the samples that go through at a time.
+
+    The last is that of the whole batch. A micro-batch that would keep more, for the sum of the
+    gradients on each device, is left out.
+    """
     whole = len(batch[0])
     sizes = [size for size in MICRO_BATCHES if size < whole]
+    most = _kept_bytes(gradients, whole, params, batch)
     calls = {}
-    for size in (*sizes, whole):
+    for size in (*(n for n in sizes if _kept_bytes(gradients, n, params, batch) <= most), whole):
         value_and_grad, mesh = gradients(size)
         given = devices.replicate(params, mesh), *devices.spread(batch, mesh)
         calls[size] = functools.partial(devices.divided(value_and_grad, mesh), *given)
-    seconds = least_seconds(calls)
-    best = min(seconds, key=lambda size: seconds[size])
-    times = ", ".join(f"{1e3 * seconds[size]:.1f} of {size}" for size in (*sizes, whole))
-    print(f"{name}: micro-batches of {best} (ms a gradient, in micro-batches: {times})")
-    return best
+    return calls
+
+
+def _kept_bytes(gradients: Gradients, size: int, params: Any, batch: Any) -> int:
+    """Bytes that a micro-batch keeps on all devices, with their sums of the gradients."""
+    value_and_grad, mesh = gradients(size)
+    part = size // mesh.size
+    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((part, *a.shape[1:]), a.dtype), batch)
+    kept = jax.eval_shape(value_and_grad.forward, params, *one)[1]
+    sums = value_and_grad.partition(params)[0] if size < len(batch[0]) else None
+    arrays = jax.tree.leaves((kept, sums))
+    return mesh.size * sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
 
 
 def _batches(examples: Examples, loader: Loader, key: jax.Array) -> Generator[Batch, None, None]:

@@ -217,5 +217,16 @@ def versions() -> dict[str, str]:
 
 
 def device() -> str:
-    """The accelerator, or the CPU, that JAX computes on."""
-    return f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores"
+    """The accelerator, or the CPU, that JAX computes on, and the number of CPU cores."""
+    kind = jax.devices()[0].device_kind
+    return f"{_cpu_model() if kind == 'cpu' else kind}, {os.cpu_count()} CPU cores"
+
+
+def _cpu_model() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "cpu"
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

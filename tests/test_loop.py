@@ -189,6 +189,26 @@ def test_a_chosen_micro_batch_is_said_and_kept(tmp_path, monkeypatch, capsys):
     assert fit(tmp_path, batch_size=11, micro_batch=0, epochs=1).micro_batch == 4
 
 
+@pytest.mark.parametrize(
+    ("places", "width", "sizes"), [(500, 6, [2, 4, 12]), (1, 300, [12])], ids=["few", "many"]
+)
+def test_parameters_so_many_that_micro_batches_keep_more(monkeypatch, places, width, sizes):
+    """The sums of the gradients are as large as the trained parameters."""
+    monkeypatch.setattr(loop, "MICRO_BATCHES", (2, 4))
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(12, places, width)), jnp.float32)
+    params = {"w": jnp.ones((width, width)) / width, "head": jnp.ones((width, 3))}
+
+    def apply_fn(params, x):
+        return (jnp.tanh(x @ params["w"]) @ params["head"]).mean(1)
+
+    gradients = loop.gradients_of(loop.loss_of(apply_fn), None, 12)
+    calls = loop.in_micro_batches(gradients, params, (x, jnp.asarray(rng.integers(0, 3, 12))))
+    assert list(calls) == sizes
+    losses = [call()[0] for call in calls.values()]
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
+
+
 def files():
     """Pictures that are decoded, and mirrored at random, batch by batch."""
     return pictures(22, flip=True)[0]

@@ -111,6 +111,17 @@ def test_a_grid_that_is_not_finished_shows_what_is(results):
     assert set(measured(results)) == {CELL, other} and Entry("paper") in measured(results)[CELL]
 
 
+def test_bytes_count_against_plain_backprop_of_all_trained_layers(results):
+    records_of_two = [run("backprop2", seed, a, total=4_800_000) for seed, a in enumerate(PLAIN)]
+    for record in records_of_two:
+        record["result"]["saved_bytes_backprop"] = record["result"]["saved_bytes"]
+        records.append(results / "finetune.jsonl", record)
+    blocks = table.blocks(results)
+    (row,) = rows(blocks["finetune"], "plain backprop, last 2 layers")
+    assert row[5] == "2.0"
+    assert rows(blocks["main"], "plain backprop, last 2 layers")[0][-1] == "2.0"
+
+
 def test_nothing_measured_still_renders(tmp_path):
     blocks = table.blocks(tmp_path)
     assert "not measured" in blocks["main"] and "not measured" in blocks["targets"]
@@ -264,6 +275,8 @@ def test_targets_count_only_cells_where_weight_gradients_pay(results):
     add(path, "bias", [a - 0.001 * i for i, a in enumerate(PLAIN)], cell=CELL)
     add(path, "lance", [0.1] * 5, cell=CELL)
     assert CELL not in targets.judged(measured(results)) and verdicts(results)[:2] == ["met"] * 2
+    found = targets.table(measured(results), [], [])
+    assert "Not judged: MCUNet, CIFAR-10 (plain backprop +" in found
 
 
 def test_targets_of_an_unfinished_grid_say_so(results):
