@@ -21,7 +21,7 @@ from typing import Any
 import ml_collections
 
 import lance_jax
-from benchmarks import records, rivals, tasks
+from benchmarks import arguments, records, rivals, tasks
 from lance_jax import loop, train
 from lance_jax.config import Config, base
 from lance_jax.problem import Problem, prepare
@@ -59,12 +59,16 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", choices=tasks.DATA, default=["cifar10", "cifar100"])
     methods = [*METHODS, *EXACT]
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
-    parser.add_argument("--energies", nargs="+", type=float, default=[base().energy])
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    energies = {"type": arguments.energy, "default": [base().energy]}
+    parser.add_argument("--energies", nargs="+", **energies)
+    parser.add_argument("--seeds", nargs="+", type=arguments.seed, default=list(SEEDS))
     given = parser.parse_args()
+    if SEARCH_SEED in given.seeds:
+        parser.error(f"--seeds: {SEARCH_SEED} is the seed of the search for learning rates")
+    pairs = tasks.pairs(parser, given.models, given.data)
     tasks.cache_compilations()
     path = records.RESULTS / "finetune.jsonl"
-    for model, data in tasks.pairs(given.models, given.data):
+    for model, data in pairs:
         for method in given.methods:
             if method in EXACT:
                 count(model, data, method, path)
@@ -192,4 +196,4 @@ def run(config: Config, method: str, problem: Problem) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lance_jax
-from benchmarks import records, tasks
+from benchmarks import arguments, records, tasks
 from benchmarks.step_time import batches
 from lance_jax import loop, train
 from lance_jax.problem import prepare
@@ -28,11 +28,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=tasks.MODELS, default="mcunet")
     parser.add_argument("--data", choices=tasks.DATA, default="cifar10")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
-    parser.add_argument("--energies", type=float, nargs="+", default=list(ENERGIES))
-    arguments = parser.parse_args()
-    for seed in arguments.seeds:
-        for record in measure(arguments.model, arguments.data, seed, arguments.energies):
+    parser.add_argument("--seeds", type=arguments.seed, nargs="+", default=list(range(5)))
+    energies = {"type": arguments.energy, "default": list(ENERGIES)}
+    parser.add_argument("--energies", nargs="+", **energies)
+    given = parser.parse_args()
+    ((model, data),) = tasks.pairs(parser, [given.model], [given.data])
+    for seed in given.seeds:
+        for record in measure(model, data, seed, given.energies):
             print(record)
             records.append(records.RESULTS / "gradients.jsonl", record)
 
@@ -96,4 +98,4 @@ def cosine(a: jax.Array, b: jax.Array) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

@@ -57,6 +57,9 @@ class Entry(NamedTuple):
         return METHODS[self.method] + (f", energy {self.energy:g}" if other else "")
 
 
+# fields of a configuration in which methods differ
+OF_METHODS = {"seed", "learning_rate"}.union(*finetune.METHODS.values(), ("energy",))
+
 Cell = tuple[str, str]  # model and data
 Runs = dict[int, dict]  # seed -> record
 Measured = dict[Cell, dict[Entry, Runs]]
@@ -95,8 +98,8 @@ def in_order(entries: Iterable[Entry]) -> list[Entry]:
 def read(path: Path) -> tuple[Measured, Measured]:
     """The test runs, and of the methods that equal backprop the bytes, at seed 0, by cell.
 
-    Of a grid that is not finished, the methods that have all of backprop's seeds, two at least. A
-    method whose configuration changed has only the runs of the last.
+    Of a grid that is not finished, the methods that have all of backprop's seeds, two at least, and
+    its task. A method whose configuration changed has only the runs of the last.
     """
     runs: Measured = defaultdict(lambda: defaultdict(dict))
     counted: Measured = defaultdict(dict)
@@ -120,10 +123,22 @@ def _fixed(record: dict) -> dict:
 
 
 def _complete(found: dict[Entry, Runs]) -> dict[Entry, Runs]:
-    seeds = found[BACKPROP].keys() if BACKPROP in found else ()
-    if len(seeds) < 2:
+    """The methods that can be paired with backprop: all its seeds, and the same task."""
+    reference = found.get(BACKPROP, {})
+    if len(reference) < 2:
         return {}
-    return {entry: runs for entry, runs in found.items() if seeds <= runs.keys()}
+    task = _task(reference)
+    return {
+        entry: runs
+        for entry, runs in found.items()
+        if reference.keys() <= runs.keys() and _task(runs) == task
+    }
+
+
+def _task(runs: Runs) -> dict:
+    """The configuration but for what is the method's own."""
+    config = next(iter(runs.values()))["result"]["config"]
+    return {name: value for name, value in config.items() if name not in OF_METHODS}
 
 
 def newest(rows: list[dict], *keys: str) -> list[dict]:

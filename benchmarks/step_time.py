@@ -23,7 +23,7 @@ import numpy as np
 from scipy import stats
 
 import lance_jax
-from benchmarks import finetune, records, rivals, tasks
+from benchmarks import arguments, finetune, records, rivals, tasks
 from lance_jax import loop, modes, quantize, train
 from lance_jax.config import Config, base
 from lance_jax.loader import Loader
@@ -40,10 +40,10 @@ def main() -> None:
         "--models", nargs="+", choices=tasks.MODELS, default=["mcunet", "mobilenetv2"]
     )
     parser.add_argument("--data", nargs="+", choices=tasks.DATA, default=["cifar10"])
-    parser.add_argument("--energy", type=float, default=base().energy)
-    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--energy", type=arguments.energy, default=base().energy)
+    parser.add_argument("--rounds", type=arguments.rounds, default=100)
     given = parser.parse_args()
-    for model, data in tasks.pairs(given.models, given.data):
+    for model, data in tasks.pairs(parser, given.models, given.data):
         for record in measure(model, data, given.energy, given.rounds):
             print(record["method"], record["seconds"], record["ratio"], flush=True)
             records.append(records.RESULTS / "step_time.jsonl", record)
@@ -250,4 +250,4 @@ def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

@@ -4,6 +4,7 @@ Pictures and weights lie under the directory that the environment variable LANCE
 tfds/ and weights/.
 """
 
+import argparse
 import importlib
 import itertools
 import os
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import jax
 import ml_collections
+
+from lance_jax.pictures import Pictures
+from lance_jax.problem import read_pictures
 
 RUNS = Path("workdir/benchmarks")  # working directories, removed when their run is finished
 COMPLETE_BREEDS = (
@@ -34,10 +38,15 @@ DATA = {
 }
 
 
-def pairs(models: Iterable[str], data: Iterable[str]) -> list[tuple[str, str]]:
+def pairs(
+    parser: argparse.ArgumentParser, models: Iterable[str], data: Iterable[str]
+) -> list[tuple[str, str]]:
     """(model, data) of a grid; the digits have a network of their own."""
-    found = itertools.product(models, data)
-    return [(model, name) for model, name in found if (model == "digits") == (name == "digits")]
+    grid = itertools.product(models, data)
+    found = [(model, name) for model, name in grid if (model == "digits") == (name == "digits")]
+    if not found:
+        parser.error("the model digits goes with --data digits alone, and no other with it")
+    return found
 
 
 def config(model: str, data: str, **settings) -> ml_collections.ConfigDict:
@@ -50,6 +59,11 @@ def config(model: str, data: str, **settings) -> ml_collections.ConfigDict:
     config.update({**MODELS[model], **DATA[data], **settings})
     config.micro_batch = settings.get("micro_batch", config.batch_size)
     return config
+
+
+def pictures(data: str, side: int) -> Pictures:
+    """The training pictures of a data set, at `side` pixels."""
+    return read_pictures(config("mcunet", data), ["train"], side)["train"]
 
 
 def cache_compilations() -> None:

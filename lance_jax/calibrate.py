@@ -71,8 +71,9 @@ def calibrate(
     batches; there is one compilation for each batch shape.
 
     A mode wider than 4096 (the patches of 512 channels) has a sketch of 1024 columns instead of its
-    Gram matrix (`hosvd`). The share that its directions hold is known from below: a slowly falling
-    spectrum gets a few directions more than it needs, never too few.
+    Gram matrix (`hosvd`). The share that its directions hold is known from below, so that there are
+    never too few; a slowly falling spectrum may get twice as many as it needs, or need more than
+    1024 where some hundreds would do.
 
     Args:
       apply_fn: any JAX function of (params, *args).

@@ -250,7 +250,8 @@ class Conv:
         """
         default = functools.partial(self._shifted_gradient, steps=steps)
         by_rows_macs = len(dy) * shifted.core_macs(self, core.shape[1:-1])
-        if not self.depthwise or shifted.core_part(self) > _PART or by_rows_macs > macs:
+        long = self.modes["patch"] > shifted.MOST_TAPS
+        if not self.depthwise or long or shifted.core_part(self) > _PART or by_rows_macs > macs:
             return default(core, dy, matrices)
 
         def by_rows(core: jax.Array, dy: jax.Array, matrices: dict[int, jax.Array]) -> jax.Array:

@@ -16,7 +16,7 @@ from jax import lax
 
 from lance_jax import shifted
 from lance_jax.conv import Conv
-from lance_jax.modes import accumulator
+from lance_jax.modes import accumulator, wider
 from lance_jax.primitives import bilinear
 
 # Terms of a sum of shifted products, kernel places times input channels, up to which it is faster
@@ -33,7 +33,8 @@ def fits(eqn: Any) -> bool:
         return False
     conv = Conv.of(eqn)
     empty = math.prod(conv.y_shape) == 0
-    return bool(conv.strides) and not empty and (conv.depthwise or conv.has_tap_gradient)
+    short = conv.depthwise and conv.modes["patch"] <= shifted.MOST_TAPS
+    return bool(conv.strides) and not empty and (short or conv.has_tap_gradient)
 
 
 def _shiftable(conv: Conv) -> bool:
@@ -119,8 +120,9 @@ def _dense_dx(conv: Conv, dy: jax.Array, w: jax.Array) -> jax.Array:
     """The convolution of dy, spread out by the strides, with the kernel turned round."""
     turned = jnp.flip(w, tuple(range(w.ndim - 2))).swapaxes(-1, -2)
     padding = [(low, high) for low, high, _ in shifted.spread(conv)]
+    dtype = wider(dy.dtype, w.dtype)  # they differ where the equation asks for wider outputs
     return lax.conv_general_dilated(
-        dy, turned, conv.x_dilation, padding, conv.strides, conv.w_dilation,
-        conv.numbers(dy.ndim), precision=conv.precision,
-        preferred_element_type=accumulator(dy.dtype),
+        dy.astype(dtype), turned.astype(dtype), conv.x_dilation, padding, conv.strides,
+        conv.w_dilation, conv.numbers(dy.ndim), precision=conv.precision,
+        preferred_element_type=accumulator(dtype),
     )  # fmt: skip

@@ -12,6 +12,9 @@ from jax import lax
 from lance_jax import windows
 
 _NOWHERE = 255  # the place of no window
+# Inputs for each output from which on the gradient is scattered: gathering it passes over all
+# inputs once for each place of a window.
+_SPARSE = 16
 
 
 def fits(eqn: Any) -> bool:
@@ -21,6 +24,7 @@ def fits(eqn: Any) -> bool:
         and math.prod(eqn.params["window_dimensions"]) <= _NOWHERE
         and set(eqn.params["base_dilation"]) == {1}
         and jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.floating)
+        and 0 not in eqn.outvars[0].aval.shape
     )
 
 
@@ -54,7 +58,18 @@ def max_pool(x: jax.Array, params: dict[str, Any]) -> jax.Array:
     def pool(x: jax.Array) -> jax.Array:
         return with_place(x)[0]
 
-    def backward(place: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+    def scatter(place: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+        """Every window adds to the element of x that is its maximum."""
+        padded = [n + low + high for n, (low, high, _) in zip(x_shape, padding, strict=True)]
+        steps = np.cumprod([1, *padded[:0:-1]])[::-1]  # of a flat index, by axis
+        at = jnp.take(jnp.asarray(np.asarray(places) @ steps, jnp.int32), place.astype(jnp.int32))
+        for axis, (step, stride) in enumerate(zip(steps, strides, strict=True)):
+            at = at + lax.broadcasted_iota(jnp.int32, at.shape, axis) * np.int32(step * stride)
+        dx = jnp.zeros(math.prod(padded), dy.dtype).at[at.reshape(-1)].add(dy.reshape(-1))
+        away = [(-before, -after, 0) for before, after, _ in padding]
+        return (lax.pad(dx.reshape(padded), jnp.zeros((), dy.dtype), away).astype(dtype),)
+
+    def gather(place: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
         """Every element of x gathers from the windows in which it is the maximum."""
         dilated = [1] * dy.ndim
         axes = zip(x_shape, dilated, y_shape, strides, reach, low, strict=True)
@@ -68,5 +83,6 @@ def max_pool(x: jax.Array, params: dict[str, Any]) -> jax.Array:
             dx = dx + jnp.where(here, found, jnp.zeros((), dtype))
         return (dx,)
 
-    pool.defvjp(with_place, backward)
+    sparse = math.prod(x_shape) > _SPARSE * math.prod(y_shape)
+    pool.defvjp(with_place, scatter if sparse else gather)
     return pool(x)

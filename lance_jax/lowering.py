@@ -20,7 +20,8 @@ def lower_for_cpu(apply_fn: Callable) -> Callable:
       apply_fn: any JAX function of (params, *args, **kwargs).
 
     Returns:
-      A function of `apply_fn`'s signature.
+      A function of `apply_fn`'s signature. Through a max-pool it supports reverse-mode
+      differentiation only.
     """
 
     @functools.wraps(apply_fn)

@@ -58,7 +58,13 @@ def trace_accumulated(
 
     parts = [trace(size), *([trace(short)] if short else [])]
     if has_aux:
-        _check_aux(parts[0].values_like[1:], trace(short or size + 1).values_like[1:])
+        other = parts[-1] if short else trace(size + 1)
+        _check_aux(parts[0].values_like[1:], other.values_like[1:])
+        if parts[0].rest != other.rest:
+            raise ValueError(
+                "an auxiliary output that is no array depends on the number of samples; with "
+                "micro_batch it must not"
+            )
     before = len(jaxprs.split(params)[0])
     places = [before + i for i, a in enumerate(jaxprs.split(args)[0]) if _is_divided(a)]
     # Shapes alone: what is cached must not hold the parameters of the first step.

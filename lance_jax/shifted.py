@@ -16,6 +16,9 @@ from jax import lax
 from lance_jax import windows
 from lance_jax.modes import accumulator, mode_product
 
+# Places of a kernel up to which a sum is unrolled: longer ones take long to compile, and are then
+# no faster than XLA's convolution.
+MOST_TAPS = 81
 # Output rows whose products are added up in one pass over memory: more take longer to compile.
 _ROWS = 7
 # How much longer than a MAC of a matrix product one takes that is added up elementwise.

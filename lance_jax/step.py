@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 from lance_jax import jaxprs
 from lance_jax.micro_batches import Accumulated, trace_accumulated
@@ -62,9 +63,10 @@ def value_and_grad(
       >>> vg.backward(saved, {"w": jnp.ones(2), "b": jnp.ones(3)}, jnp.arange(2.0))
       {'b': None, 'w': Array([0., 1.], dtype=float32)}
     """
-    if micro_batch is not None and (not isinstance(micro_batch, int) or micro_batch < 1):
+    whole = isinstance(micro_batch, int | np.integer) and not isinstance(micro_batch, bool)
+    if micro_batch is not None and not (whole and micro_batch >= 1):
         raise ValueError(f"micro_batch is {micro_batch!r}; it must be None or at least 1")
-    return ValueAndGrad(loss_fn, trainable, has_aux, micro_batch)
+    return ValueAndGrad(loss_fn, trainable, has_aux, micro_batch and int(micro_batch))
 
 
 class ValueAndGrad:

@@ -1,6 +1,8 @@
 """The benchmarks run from end to end, at a small size, on the digits."""
 
 import itertools
+import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 import lance_jax
-from benchmarks import finetune, gradients, records, rivals, step_time, table, tasks
+from benchmarks import arguments, finetune, gradients, records, rivals, step_time, table, tasks
 from lance_jax import loop, train
 from lance_jax.problem import trained_layers
 from tests.tolerances import assert_close
@@ -33,6 +35,30 @@ def test_search_climbs_to_the_best_rate(best):
 
     assert finetune.search(accuracy) == best
     assert {best / 2, best, best * 2} <= set(tried) and len(tried) == len(set(tried))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--models", "digits"], "the model digits goes with --data digits alone"),
+        (["--seeds", "-1"], "argument --seeds: -1 is below 0"),
+        (["--seeds", "100"], "--seeds: 100 is the seed of the search for learning rates"),
+        (["--energies", "nan"], r"argument --energies: nan does not lie in \(0, 1\]"),
+    ],
+)
+def test_bad_arguments_end_before_anything_runs(given, told, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["finetune", *given])
+    with pytest.raises(SystemExit, match="2"):
+        finetune.main()
+    assert re.search(told, capsys.readouterr().err)
+
+
+def test_what_is_not_there_is_one_line():
+    def missing():
+        raise FileNotFoundError("no such\nfile")
+
+    with pytest.raises(SystemExit, match="^error: no such file$"):
+        arguments.run(missing)
 
 
 def test_search_ends_on_a_plateau():

@@ -116,6 +116,36 @@ def test_forward_and_both_gradients(name, dtype):
         assert_close(dx, conv.dinput(w64, dy64), dtype)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", [*SOME, "dense 3x3", "1x1"])
+def test_wider_outputs(name, dtype):
+    """As `preferred_element_type` asks for: dy is wider than x and w."""
+    conv = CASES[name]
+    w, x = operands(conv, dtype)
+
+    def gradients(lower):
+        def apply(w, x):
+            y = lax.conv_general_dilated(
+                x, w, conv.strides, conv.padding, rhs_dilation=conv.dilation,
+                dimension_numbers=conv.layout, feature_group_count=conv.groups,
+                preferred_element_type=jnp.float32,
+            )  # fmt: skip
+            return jnp.sin(y).sum()
+
+        return jax.jit(jax.grad(lower(apply), (0, 1)))(w, x)
+
+    for found, expected in zip(gradients(lower_for_cpu), gradients(lambda f: f), strict=True):
+        assert found.dtype == dtype
+        assert_close(found, np.asarray(expected, np.float64), "bfloat16")
+
+
+def test_long_kernels_are_left_to_xla():
+    """Their unrolled sums would take minutes to compile."""
+    conv = Conv((1, 13, 13, 2), (11, 11, 1, 2), padding="SAME", groups=2)
+    w, x = operands(conv)
+    assert "cpu_conv" not in str(jax.make_jaxpr(lower_for_cpu(xla(conv)))(w, x))
+
+
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (1, 2)], ids=str)
 @pytest.mark.parametrize("name", SOME)
 def test_vmap(name, axes):

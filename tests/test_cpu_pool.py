@@ -19,6 +19,8 @@ CASES = {
     "uneven padding": ((1, 3, 2, 1), (1, 2, 1, 1), ((0, 0), (2, 0), (0, 1), (0, 0)), None),
     "over batch and channel": ((2, 1, 1, 2), (1, 1, 1, 2), "VALID", None),
     "whole picture": ((1, 9, 8, 1), (1, 1, 1, 1), "VALID", None),
+    "few outputs": ((1, 5, 4, 1), (1, 6, 5, 1), ((0, 0), (3, 1), (0, 2), (0, 0)), None),
+    "few, overlapping": ((1, 7, 7, 1), (1, 5, 5, 1), ((0, 0), (3, 3), (3, 3), (0, 0)), None),
 }
 
 
@@ -62,10 +64,17 @@ def test_value_and_gradient(case, ties, dtype):
         assert_close(a, np.asarray(b, np.float64), dtype)
 
 
-def test_dilated_windows():
-    """XLA has their values, and no gradient."""
+@pytest.mark.parametrize(
+    "case",
+    [
+        ((1, 3, 2, 1), (1, 1, 2, 1), "SAME", (1, 2, 3, 1)),
+        ((1, 4, 4, 1), (1, 9, 9, 1), ((0, 0), (-2, 1), (1, -1), (0, 0)), (1, 2, 1, 1)),
+    ],
+    ids=["dilated", "few, dilated and cropped"],
+)
+def test_windows_for_which_xla_has_no_gradient(case):
     scale, x = inputs()
-    apply = pooled(((1, 3, 2, 1), (1, 1, 2, 1), "SAME", (1, 2, 3, 1)))
+    apply = pooled(case)
     lowered = jax.jit(lower_for_cpu(apply))
     np.testing.assert_array_equal(lowered(scale, x), apply(scale, x))
     apart = jnp.asarray(np.random.default_rng(0).permutation(x.size).reshape(x.shape) / 20, "f4")
@@ -97,5 +106,6 @@ def test_vmap_and_nan():
 def test_what_does_not_fit_is_left_alone():
     whole = ((1, 20, 20, 1), (1, 1, 1, 1), "SAME", None)
     scale, x = inputs()
-    for apply in (pooled(whole), lambda _, x: lax.cummax(x)):
+    empty = ((1, 12, 4, 1), (1, 2, 2, 1), "VALID", None)
+    for apply in (pooled(whole), pooled(empty), lambda _, x: lax.cummax(x)):
         np.testing.assert_array_equal(lower_for_cpu(apply)(scale, x), apply(scale, x))

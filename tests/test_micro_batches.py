@@ -149,7 +149,25 @@ def test_memory_falls():
     assert temporary(4) < temporary(64) / 8
 
 
-@pytest.mark.parametrize("size", [0, -1, 2.0, "4"])
+def test_a_static_output_that_depends_on_the_number_of_samples():
+    def counting(params, x, y):
+        return loss(params, x, y), {"n": len(x)}
+
+    step = value_and_grad(counting, has_aux=True, micro_batch=4)
+    with pytest.raises(ValueError, match="that is no array depends on the number of samples"):
+        step(PARAMS, X, Y)
+    named = value_and_grad(lambda *args: (loss(*args), "name"), has_aux=True, micro_batch=4)
+    assert named(PARAMS, X, Y)[0][1] == "name"
+
+
+def test_numpy_sizes():
+    assert_same(
+        value_and_grad(loss, micro_batch=np.int64(4))(PARAMS, X, Y),
+        value_and_grad(loss)(PARAMS, X, Y),
+    )
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, "4", True])
 def test_bad_sizes(size):
     with pytest.raises(ValueError, match=f"micro_batch is {size!r}; it must be None or at least 1"):
         value_and_grad(loss, micro_batch=size)

@@ -96,6 +96,8 @@ def test_a_method_measured_anew_replaces_all_of_its_former_cells(results):
     assert grid.lance() not in measured(results)[CELL], "one seed of five"
     for seed in range(1, 5):
         records.append(path, run("lance", seed, 0.9, epochs=3))
+    assert grid.lance() not in measured(results)[CELL], "backprop has other epochs"
+    add(path, "backprop", PLAIN, epochs=3)
     (row,) = rows(table.blocks(results)["finetune"], "LANCE")
     assert row[:2] == ["0.05", "90.0 ± 0.0, n = 5"]
 
@@ -109,6 +111,22 @@ def test_a_grid_that_is_not_finished_shows_what_is(results):
     records.append(path, run("backprop", 1, PLAIN[1], cell=other))
     records.append(path, run("paper", 4, LANCE[4]))
     assert set(measured(results)) == {CELL, other} and Entry("paper") in measured(results)[CELL]
+
+
+def test_runs_of_another_task_are_not_paired(results):
+    add(results / "finetune.jsonl", "int8", LANCE, epochs=3)
+    assert set(measured(results)[CELL]) == {BACKPROP, grid.lance()}
+
+
+def test_a_few_seeds_are_no_finished_grid(results):
+    fill_grid(results, -0.2)
+    assert targets.finished(measured(results))
+    path = results / "finetune.jsonl"
+    kept = [record for record in records.read(path) if record["seed"] < 4]
+    path.write_text("")
+    for record in kept:
+        records.append(path, record)
+    assert set(measured(results)) == set(grid.JUDGED) and not targets.finished(measured(results))
 
 
 def test_bytes_count_against_plain_backprop_of_all_trained_layers(results):
