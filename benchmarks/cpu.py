@@ -84,6 +84,8 @@ def measure(name: str, kind: str, size: int, rounds: int) -> dict:
             for other in seconds
             if other not in ours
         },
+        "forward_macs": size * macs(network, params),
+        "macs_per_second": macs_per_second(),
         "micro_batch": chosen,
         "ranks": ranks,
         "rounds": rounds,
@@ -217,6 +219,19 @@ def torch_step(
         torch.autograd.grad(torch.nn.functional.cross_entropy(logits, labels), leaves)
 
     return step
+
+
+def macs(network: Network, params: Any) -> int:
+    """Multiply-accumulates of the layers for one picture."""
+    picture = jax.ShapeDtypeStruct((1, *network.picture), jnp.float32)
+    found = lance_jax.layers(networks.apply_fn(network), params, picture)
+    return sum(layer.macs for layer in found)
+
+
+def macs_per_second(n: int = 2048) -> float:
+    """Of a large matrix product in PyTorch, on all cores: what no convolution exceeds by much."""
+    a, b = torch.rand(n, n), torch.rand(n, n)
+    return n**3 / least_seconds({"product": lambda: a @ b})["product"]
 
 
 def fastest(candidates: list[Callable]) -> Callable:

@@ -74,10 +74,27 @@ def cpu_tables(rows: list[dict]) -> str:
     tables = [
         f"**{CPU_NETWORKS[name]}**\n\n"
         + markdown.table(header, [cpu_row(row) for row in sorted(by_network[name], key=_cpu_order)])
+        + _least_time(by_network[name])
         for name in CPU_NETWORKS
         if name in by_network
     ]
     return "\n\n".join([*tables, measured_on(rows)])
+
+
+def _least_time(rows: list[dict]) -> str:
+    """What inference would take if all of it ran like one large matrix product."""
+    found = [row for row in rows if row["kind"] == "forward" and "macs_per_second" in row]
+    if not found:
+        return ""
+    rate = max(row["macs_per_second"] for row in found)
+    times = [
+        f"{1000 * row['forward_macs'] / rate:.1f} for {row['batch_size']}"
+        for row in sorted(found, key=_cpu_order)
+    ]
+    return (
+        f"\n\nThe multiplications of inference, at the {rate / 1e9:.0f} billion a second of a large "
+        f"matrix product in PyTorch, ms: {', '.join(times)}."
+    )
 
 
 def _cpu_order(row: dict) -> tuple[int, int]:

@@ -250,6 +250,13 @@ def test_cpu_times_are_shown_with_micro_batches_and_ratios(tmp_path):
     assert rows(text, "inference") == [[*start, "", "", ""]]
     assert rows(text, "step, all layers") == [[*start, "4.0 (in parts of 4)", three, three]]
     assert text.index("inference") < text.index("step, all layers")
+    assert "billion" not in text
+    records.append(
+        tmp_path / "cpu.jsonl",
+        {**cpu("forward", ["lance_jax"]), "forward_macs": 2e8, "macs_per_second": 5e10},
+    )
+    told = "at the 50 billion a second of a large matrix product in PyTorch, ms: 4.0 for 32."
+    assert told in table.blocks(tmp_path)["cpu"]
 
 
 # --- the targets ---
