@@ -92,8 +92,8 @@ def _least_time(rows: list[dict]) -> str:
         for row in sorted(found, key=_cpu_order)
     ]
     return (
-        f"\n\nThe multiplications of inference, at the {rate / 1e9:.0f} billion a second of a large "
-        f"matrix product in PyTorch, ms: {', '.join(times)}."
+        f"\n\nThe multiplications of inference, at the {rate / 1e9:.0f} billion a second of a "
+        f"large matrix product in PyTorch, ms: {', '.join(times)}."
     )
 
 

@@ -21,7 +21,7 @@ _PATCH_BYTES = 64 * 2**20
 # Places of a kernel up to which its gradient is a matrix product for each: more take long to
 # compile.
 _TAPS = 49
-# Part of the input up to which rows of it are expanded from a core at a time.
+# Share of a sample up to which it is expanded from a core at a time.
 _PART = 0.5
 
 
@@ -246,19 +246,20 @@ class Conv:
     ) -> jax.Array:
         """(spatial..., channel / groups, out) from a core whose spatial axes are not whole.
 
-        macs: what it costs by `steps`; on a CPU rows of the input may be expanded for less.
+        macs: what it costs by `steps`; on a CPU parts of the input may be expanded for less.
         """
         default = functools.partial(self._shifted_gradient, steps=steps)
-        by_rows_macs = len(dy) * shifted.core_macs(self, core.shape[1:-1])
-        long = self.modes["patch"] > shifted.MOST_TAPS
-        if not self.depthwise or long or shifted.core_part(self) > _PART or by_rows_macs > macs:
+        if not self.depthwise or self.modes["patch"] > shifted.MOST_TAPS or not dy.size:
+            return default(core, dy, matrices)
+        macs_by_parts = len(dy) * shifted.core_macs(self, core.shape[1:-1])
+        if shifted.core_part(self) > _PART or macs_by_parts > macs:
             return default(core, dy, matrices)
 
-        def by_rows(core: jax.Array, dy: jax.Array, matrices: dict[int, jax.Array]) -> jax.Array:
+        def by_parts(core: jax.Array, dy: jax.Array, matrices: dict[int, jax.Array]) -> jax.Array:
             bases = [matrices.get(axis) for axis in range(1, core.ndim - 1)]
             return shifted.kernel_gradient_of_core(self, core, dy, bases)
 
-        return lax.platform_dependent(core, dy, matrices, cpu=by_rows, default=default)
+        return lax.platform_dependent(core, dy, matrices, cpu=by_parts, default=default)
 
     def _shifted_gradient(
         self, core: jax.Array, dy: jax.Array, matrices: dict[int, jax.Array], steps: Steps

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lance_jax import windows
@@ -19,10 +20,13 @@ from lance_jax.modes import accumulator, mode_product
 # Places of a kernel up to which a sum is unrolled: longer ones take long to compile, and are then
 # no faster than XLA's convolution.
 MOST_TAPS = 81
-# Output rows whose products are added up in one pass over memory: more take longer to compile.
-_ROWS = 7
+# Positions of dy whose products are added up in one pass over memory.
+_POSITIONS = 32
 # How much longer than a MAC of a matrix product one takes that is added up elementwise.
-_ELEMENTWISE = 8
+_ELEMENTWISE = 5
+
+
+_WHOLE = (0, 0, 0)  # no padding
 
 
 def forward(conv: Any, x: jax.Array, w: jax.Array) -> jax.Array:
@@ -35,8 +39,7 @@ def forward(conv: Any, x: jax.Array, w: jax.Array) -> jax.Array:
 def input_gradient(conv: Any, dy: jax.Array, w: jax.Array) -> jax.Array:
     """Depthwise: the sum over taps of dy, spread out by the strides and shifted against the tap."""
     _, *sizes, channels = (conv.x_shape[axis] for axis in conv.x_axes)
-    whole = (0, 0, 0)
-    dy = windows.padded(dy, [whole, *spread(conv), whole])
+    dy = windows.padded(dy, [_WHOLE, *spread(conv), _WHOLE])
     w = w.astype(accumulator(w.dtype))
 
     def term(tap: tuple[int, ...], at: list[int]) -> jax.Array:
@@ -48,44 +51,49 @@ def input_gradient(conv: Any, dy: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def kernel_gradient(conv: Any, x: jax.Array, dy: jax.Array) -> jax.Array:
-    """For every term the sum of x * dy, a few rows of dy at a time, so that both stay in cache."""
-    x = padded(conv, x)
-    return _by_rows(conv, lambda at, n: lax.dynamic_slice_in_dim(x, at, n, axis=1), dy)
+    """For every place of the kernel the sum of x * dy, a few positions of a sample at a time."""
+    x = windows.padded(x, [_WHOLE, *_padding_to_parts(conv), _WHOLE])
+
+    def part(sample: jax.Array, at: list[jax.Array]) -> jax.Array:
+        return lax.dynamic_slice(x, [sample, *at, 0], [1, *_spans(conv), x.shape[-1]])
+
+    return _by_parts(conv, part, dy)
 
 
 def kernel_gradient_of_core(
     conv: Any, core: jax.Array, dy: jax.Array, bases: Sequence[jax.Array | None]
 ) -> jax.Array:
-    """The same at the expanded core, of which only those rows are there at a time.
+    """The same at the expanded core, of which only what lies under those positions is there.
 
     bases: (n, r) of each spatial axis, None where the core has the whole axis.
     """
-    acc = accumulator(core.dtype)
-    padding = _padding(conv)
-    for axis, (basis, pad) in enumerate(zip(bases, padding, strict=True), 1):
-        if basis is None:
-            core = windows.padded(core, [pad if i == axis else (0, 0, 0) for i in range(core.ndim)])
-    first, *rest = (
-        None if basis is None else windows.padded(basis.astype(acc), [pad, (0, 0, 0)])
+    acc, padding = accumulator(core.dtype), _padding_to_parts(conv)
+    whole = [_WHOLE if u is not None else pad for u, pad in zip(bases, padding, strict=True)]
+    core = windows.padded(core, [_WHOLE, *whole, _WHOLE])
+    matrices = [
+        None if basis is None else windows.padded(basis.astype(acc), [pad, _WHOLE])
         for basis, pad in zip(bases, padding, strict=True)
-    )
+    ]
 
-    def rows(at: jax.Array, n: int) -> jax.Array:
-        if first is None:
-            part = lax.dynamic_slice_in_dim(core, at, n, axis=1)
-        else:
-            part = _expanded(core, lax.dynamic_slice_in_dim(first, at, n), 1, conv.precision)
-        for axis, basis in enumerate(rest, 2):
-            part = part if basis is None else _expanded(part, basis, axis, conv.precision)
-        return part
+    def part(sample: jax.Array, at: list[jax.Array]) -> jax.Array:
+        found = lax.dynamic_slice_in_dim(core, sample, 1)
+        for axis, (basis, start, span) in enumerate(
+            zip(matrices, at, _spans(conv), strict=True), 1
+        ):
+            if basis is None:
+                found = lax.dynamic_slice_in_dim(found, start, span, axis)
+            else:
+                rows = lax.dynamic_slice_in_dim(basis, start, span)
+                found = mode_product(found.astype(acc), rows.T, axis, conv.precision)
+        return found
 
-    return _by_rows(conv, rows, dy)
+    return _by_parts(conv, part, dy)
 
 
 def core_part(conv: Any) -> float:
-    """How large the rows are that `kernel_gradient_of_core` expands at a time, of the input."""
+    """How much of a sample `kernel_gradient_of_core` expands at a time."""
     sizes = [conv.x_shape[axis] for axis in conv.x_axes][1:-1]
-    return _span(conv) * math.prod(_padded_sizes(conv)[1:]) / math.prod(sizes)
+    return math.prod(_spans(conv)) / math.prod(sizes)
 
 
 def core_macs(conv: Any, ranks: Sequence[int]) -> int:
@@ -93,61 +101,91 @@ def core_macs(conv: Any, ranks: Sequence[int]) -> int:
 
     ranks: the sizes of the core's spatial axes.
     """
-    channels, height = conv.x_shape[conv.x_axes[-1]], conv.y_shape[conv.y_axes[1]]
     sizes, expanded = list(ranks), 0
-    for i, size in enumerate([_span(conv), *_padded_sizes(conv)[1:]]):
-        expanded += size * math.prod(sizes)
-        sizes[i] = size
+    for i, span in enumerate(_spans(conv)):
+        expanded += span * math.prod(sizes)
+        sizes[i] = span
     kernel = [conv.w_shape[axis] for axis in conv.w_axes][:-2]
-    outputs = math.prod(conv.y_shape[axis] for axis in conv.y_axes[1:])
-    added = math.prod(kernel) * outputs * _ELEMENTWISE
-    return height // _rows(conv) * expanded * channels + added
+    parts = math.prod(count for count, _ in _parts(conv))
+    positions = parts * math.prod(size for _, size in _parts(conv))
+    added = math.prod(kernel) * positions * conv.y_shape[conv.y_axes[-1]] * _ELEMENTWISE
+    return parts * expanded * conv.x_shape[conv.x_axes[-1]] + added
 
 
-def _padded_sizes(conv: Any) -> list[int]:
-    """Of x's spatial axes."""
-    sizes = [conv.x_shape[axis] for axis in conv.x_axes][1:-1]
+def _by_parts(conv: Any, part: Callable[..., jax.Array], dy: jax.Array) -> jax.Array:
+    """The kernel's gradient; `part(sample, at)` gives what of the padded x lies under a part of dy.
+
+    Positions are summed one by one, and the places of the kernel along its last axis lie side by
+    side with the channels: XLA reduces only what is written as a sum of slices at full speed, and
+    not too many of them.
+    """
+    samples, channels = len(dy), dy.shape[-1]
+    counts, sizes = zip(*_parts(conv), strict=True)
+    *kernel, last, inputs = [conv.w_shape[axis] for axis in conv.w_axes][:-1]
+    whole = [count * size for count, size in zip(counts, sizes, strict=True)]
+    ends = [(0, n - m, 0) for n, m in zip(whole, dy.shape[1:-1], strict=True)]
+    dy = windows.padded(dy, [_WHOLE, *ends, _WHOLE])
+    acc, steps = accumulator(dy.dtype), [1, *conv.w_dilation]
+
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+        sample, *places = jnp.unravel_index(i, (samples, *counts))
+        at = [place * size for place, size in zip(places, sizes, strict=True)]
+        dy_part = lax.dynamic_slice(dy, [sample, *at, 0], [1, *sizes, channels]).astype(acc)
+        under = [a * stride for a, stride in zip(at, conv.strides, strict=True)]
+        x_part = _repeated(conv, part(sample, under).astype(acc))
+
+        def term(tap: tuple[int, ...], place: tuple[int, ...]) -> jax.Array:
+            """(last axis of the kernel, input channels, channels)."""
+            corner = [
+                p * stride + t * dilation
+                for p, stride, t, dilation in zip(
+                    place, conv.strides, (*tap, 0), conv.w_dilation, strict=True
+                )
+            ]
+            shape = [*(1 for _ in tap), 1, last, x_part.shape[-1]]
+            window = windows.under(x_part, [0, *corner, 0], shape, [*steps, 1])
+            window = window.reshape((last, 1, -1) if conv.depthwise else (last, -1, 1))
+            return window * dy_part[(0, *place)]
+
+        taps = itertools.product(*map(range, kernel))
+        sums = [_sum(term(tap, place) for place in np.ndindex(*sizes)) for tap in taps]
+        return total + jnp.stack(sums)
+
+    zeros = jnp.zeros((math.prod(kernel), last, inputs, channels), acc)
+    total = lax.fori_loop(0, samples * math.prod(counts), add, zeros)
+    return total.reshape(*kernel, last, inputs, channels)
+
+
+def _parts(conv: Any) -> list[tuple[int, int]]:
+    """(number of parts, positions in each) of dy's spatial axes; the last may reach beyond."""
+    found, left = [], _POSITIONS
+    for axis in reversed(conv.y_axes[1:-1]):
+        n = conv.y_shape[axis]
+        count = -(-n // max(left, 1))
+        size = -(-n // count)
+        found.append((-(-n // size), size))
+        left //= size
+    return found[::-1]
+
+
+def _spans(conv: Any) -> list[int]:
+    """What of the padded x's spatial axes lies under a part of dy."""
     return [
-        (n - 1) * d + 1 + low + high
-        for n, d, (low, high) in zip(sizes, conv.x_dilation, conv.padding, strict=True)
+        (size - 1) * stride + 1 + reach
+        for (_, size), stride, reach in zip(_parts(conv), conv.strides, _reach(conv), strict=True)
     ]
 
 
-def _by_rows(conv: Any, rows: Callable[[jax.Array, int], jax.Array], dy: jax.Array) -> jax.Array:
-    """The kernel's gradient; `rows(at, n)` gives n rows of the padded x from `at` on."""
-    height, *others = dy.shape[1:-1]
-    count, span = _rows(conv), _span(conv)
-    kernel = [conv.w_shape[axis] for axis in conv.w_axes][:-1]
-    acc = accumulator(dy.dtype)
-
-    def add(i: jax.Array, total: jax.Array) -> jax.Array:
-        part = lax.dynamic_slice_in_dim(dy, i * count, count, axis=1).astype(acc)
-        x_part = _repeated(conv, rows(i * count * conv.strides[0], span))
-        sums = []
-        for _, at, channel in _terms(conv):
-            window = _window(x_part, at, [count, *others], conv.strides, channel)
-            added = _sum(window[:, row] * part[:, row] for row in range(count))
-            sums.append(added.sum(tuple(range(added.ndim - 1))))
-        return total + jnp.stack(sums)
-
-    zeros = jnp.zeros((math.prod(kernel), dy.shape[-1]), acc)
-    return lax.fori_loop(0, height // count, add, zeros).reshape(*kernel, dy.shape[-1])
-
-
-def _rows(conv: Any) -> int:
-    """Rows of dy at a time."""
-    height = conv.y_shape[conv.y_axes[1]]
-    return max(r for r in range(1, _ROWS + 1) if height % r == 0)
-
-
-def _span(conv: Any) -> int:
-    """Rows of the padded x that lie under them."""
-    return (_rows(conv) - 1) * conv.strides[0] + 1 + _reach(conv)[0]
-
-
-def _expanded(core: jax.Array, basis: jax.Array, axis: int, precision: Any) -> jax.Array:
-    """The core with an axis of size r as one of size n, by a basis (n, r)."""
-    return mode_product(core.astype(basis.dtype), basis.T, axis, precision)
+def _padding_to_parts(conv: Any) -> list[tuple[int, int, int]]:
+    """Of x's spatial axes, so that something lies under all parts of dy."""
+    sizes = [conv.x_shape[axis] for axis in conv.x_axes][1:-1]
+    found = []
+    axes = zip(_padding(conv), sizes, _parts(conv), conv.strides, _reach(conv), strict=True)
+    for (low, high, between), n, (count, size), stride, reach in axes:
+        there = low + n + (n - 1) * between + high
+        needed = (count * size - 1) * stride + 1 + reach
+        found.append((low, high + max(0, needed - there), between))
+    return found
 
 
 def _reach(conv: Any) -> list[int]:
@@ -193,7 +231,7 @@ def _sum(terms: Iterator[jax.Array]) -> jax.Array:
 
 
 def padded(conv: Any, x: jax.Array) -> jax.Array:
-    return windows.padded(x, [(0, 0, 0), *_padding(conv), (0, 0, 0)])
+    return windows.padded(x, [_WHOLE, *_padding(conv), _WHOLE])
 
 
 def _padding(conv: Any) -> list[tuple[int, int, int]]:
