@@ -21,8 +21,6 @@ _PATCH_BYTES = 64 * 2**20
 # Places of a kernel up to which its gradient is a matrix product for each: more take long to
 # compile.
 _TAPS = 49
-# Share of a sample up to which it is expanded from a core at a time.
-_PART = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +250,7 @@ class Conv:
         if not self.depthwise or self.modes["patch"] > shifted.MOST_TAPS or not dy.size:
             return default(core, dy, matrices)
         macs_by_parts = len(dy) * shifted.core_macs(self, core.shape[1:-1])
-        if shifted.core_part(self) > _PART or macs_by_parts > macs:
+        if shifted.core_part(self) >= 1 or macs_by_parts > macs:
             return default(core, dy, matrices)
 
         def by_parts(core: jax.Array, dy: jax.Array, matrices: dict[int, jax.Array]) -> jax.Array:

@@ -91,9 +91,8 @@ def kernel_gradient_of_core(
 
 
 def core_part(conv: Any) -> float:
-    """How much of a sample `kernel_gradient_of_core` expands at a time."""
-    sizes = [conv.x_shape[axis] for axis in conv.x_axes][1:-1]
-    return math.prod(_spans(conv)) / math.prod(sizes)
+    """How much `kernel_gradient_of_core` expands at a time, of the input."""
+    return math.prod(_spans(conv)) * conv.x_shape[conv.x_axes[-1]] / math.prod(conv.x_shape)
 
 
 def core_macs(conv: Any, ranks: Sequence[int]) -> int:
