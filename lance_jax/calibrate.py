@@ -101,16 +101,16 @@ def calibrate(
     modes = tuple(modes) if isinstance(modes, Iterable) and not isinstance(modes, str) else modes
     energy = _energy(energy, modes)
     _check_modes_and_dtype(modes, core_dtype)
-    first, rest = _first(batches)
+    first, rest = first_batch(batches)
     found = find(jaxprs.trace(apply_fn, params, *first))
-    chosen = _select(select, found.layers)
+    chosen = selected(select, found.layers)
     by_path, skipped = _choose_modes(chosen, found, modes, center)
     wanted = {path: (*m, *((_SUM, _COUNT) if center else ())) for path, m in by_path.items()}
-    total = _sum_grams(apply_fn, params, itertools.chain([first], rest), wanted)
+    total = sum_grams(apply_fn, params, itertools.chain([first], rest), wanted)
     layers = {}
     for path, sums in total.items():
         use = found.uses[path][0]
-        _check_finite(path, sums)
+        check_finite(path, sums)
         mean = None
         if center:
             sums, mean = _centred(path, sums, use)
@@ -141,7 +141,7 @@ def _check_modes_and_dtype(modes: Any, core_dtype: Any) -> None:
         raise ValueError(f"modes is {modes!r}; it must be None, 'paper' or a tuple of mode names")
 
 
-def _first(batches: Iterable[Any]) -> tuple[tuple[Any, ...], Iterator[Any]]:
+def first_batch(batches: Iterable[Any]) -> tuple[tuple[Any, ...], Iterator[Any]]:
     if not isinstance(batches, Iterable) or jaxprs.is_array(batches):
         kind = type(batches).__name__
         raise ValueError(f"batches is a {kind}; it must be an iterable of batches, such as a list")
@@ -156,7 +156,7 @@ def _as_tuple(batch: Any) -> tuple[Any, ...]:
     return batch if isinstance(batch, tuple) else (batch,)
 
 
-def _select(select: Select, found: Layers) -> list[Layer]:
+def selected(select: Select, found: Layers) -> list[Layer]:
     paths = ", ".join(layer.path for layer in found) or "none"
     if select is None:
         chosen = list(found)
@@ -217,7 +217,7 @@ def _has_batch(use: Use) -> bool:
 # --- Gram matrices -------------------------------------------------------------------------------
 
 
-def _sum_grams(
+def sum_grams(
     apply_fn: Callable,
     params: Any,
     batches: Iterable[tuple[Any, ...]],
@@ -353,7 +353,7 @@ def _centred(
     return sums, mean.astype(accumulator(use.x.dtype))
 
 
-def _check_finite(path: str, sums: dict[str, np.ndarray]) -> None:
+def check_finite(path: str, sums: dict[str, np.ndarray]) -> None:
     if not all(np.isfinite(total).all() for total in sums.values()):
         raise ValueError(f"the input of {path!r} holds NaN or Inf in the calibration batches")
     if not all(total.any() for mode, total in sums.items() if mode != _SUM):

@@ -45,6 +45,7 @@ class Conv:
     precision: Any
 
     kind = "conv"
+    update_mode = "patch"  # the rows of the weight, in which an update is confined
 
     @classmethod
     def of(cls, eqn: Any) -> "Conv":
@@ -135,9 +136,15 @@ class Conv:
 
     # --- the core ---
 
+    def canonical(self, x: jax.Array) -> jax.Array:
+        """x as (batch, spatial..., channel)."""
+        return x.transpose(self.x_axes)
+
     def project(self, x: jax.Array, bases: Mapping[str, jax.Array]) -> jax.Array:
-        """The core: (batch, spatial..., channel), or (batch, out spatial..., groups * r)."""
-        x = x.transpose(self.x_axes)
+        """The core: (batch, spatial..., channel), or (batch, out spatial..., groups * r).
+
+        x: canonical.
+        """
         steps = self._steps({m: u.shape[-1] for m, u in bases.items() if m != "patch"})
         _, order = cheapest_chain(math.prod(self.x_shape), steps)
         core = apply_chain(x, self._matrices(bases), order, self.precision)
@@ -188,6 +195,19 @@ class Conv:
 
     def weight_gradient_macs(self, ranks: Mapping[str, int]) -> int:
         return _cheapest(self, tuple(ranks.items()))[0]
+
+    def confine(self, dw: jax.Array, u: jax.Array) -> jax.Array:
+        """U U^T dW, over each group's patches."""
+        acc = accumulator(dw.dtype)
+        rows = dw.transpose(self.w_axes).reshape(self.modes["patch"], self.groups, -1).astype(acc)
+        u = u.reshape(self.groups, -1, u.shape[-1]).astype(acc)
+        small = jnp.einsum("gkr,kgm->grm", u, rows, precision=self.precision)
+        rows = jnp.einsum("gkr,grm->kgm", u, small, precision=self.precision)
+        confined = rows.reshape(self._w_sizes).transpose(tuple(np.argsort(self.w_axes)))
+        return confined.astype(dw.dtype)
+
+    def confine_macs(self, rank: int) -> int:
+        return 2 * math.prod(self.w_shape) * rank
 
     def _plain_gradient(self, core: jax.Array, dy: jax.Array) -> jax.Array:
         """(spatial..., channel / groups, out) from whole spatial axes."""

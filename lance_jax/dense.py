@@ -36,6 +36,7 @@ class Dense:
     precision: Any
 
     kind = "dense"
+    update_mode = "feature"  # the rows of the weight, in which an update is confined
     depthwise = False
 
     @classmethod
@@ -107,11 +108,19 @@ class Dense:
 
     # --- the core ---
 
+    def canonical(self, x: jax.Array) -> jax.Array:
+        """x as (shared..., free..., feature)."""
+        x = x.transpose(self.x_shared + self.x_free + self.x_contract)
+        return x.reshape(*x.shape[: x.ndim - len(self.x_contract)], self._feature)
+
     def project(self, x: jax.Array, bases: Mapping[str, jax.Array]) -> jax.Array:
-        """The core: (shared..., free..., feature) with each mode that has a basis projected."""
+        """The core: (shared..., free..., feature) with each mode that has a basis projected.
+
+        x: canonical.
+        """
         steps = tuple((self._axis(m), u.shape[0], u.shape[1]) for m, u in bases.items())
         _, order = cheapest_chain(math.prod(self.x_shape), steps)
-        return apply_chain(self._x(x), self._matrices(bases), order, self.precision)
+        return apply_chain(x, self._matrices(bases), order, self.precision)
 
     def core_shape(self, ranks: Mapping[str, int]) -> tuple[int, ...]:
         shape = [self.x_shape[axis] for axis in self.x_shared + self.x_free] + [self._feature]
@@ -148,11 +157,24 @@ class Dense:
     def weight_gradient_macs(self, ranks: Mapping[str, int]) -> int:
         return _cheapest(self, tuple(ranks.items()))[0]
 
+    def confine(self, dw: jax.Array, u: jax.Array) -> jax.Array:
+        """U U^T dW, over the features."""
+        acc = accumulator(dw.dtype)
+        axis = len(self.x_shared)
+        rows = dw.transpose(self._w_order).astype(acc)
+        rows = rows.reshape(*rows.shape[:axis], self._feature, -1)
+        for matrix in (u, u.T):
+            rows = mode_product(rows, matrix.astype(acc), axis, self.precision)
+        return self._w(rows).astype(dw.dtype)
+
+    def confine_macs(self, rank: int) -> int:
+        return 2 * math.prod(self.w_shape) * rank
+
     # --- the layer's own tensors ---
 
     def gram(self, x: jax.Array, mode: str) -> jax.Array:
         """X_(m) X_(m)^T of one mode, (n, n), or its sketch (n, k + 1) where n is wide (`hosvd`)."""
-        return gram(self._x(x), self._axis(mode))
+        return gram(self.canonical(x), self._axis(mode))
 
     def _axis(self, mode: str) -> int:
         if mode == "feature":
@@ -162,10 +184,6 @@ class Dense:
     def _matrices(self, bases: Mapping[str, jax.Array]) -> dict[int, jax.Array]:
         return {self._axis(mode): u for mode, u in bases.items()}
 
-    def _x(self, x: jax.Array) -> jax.Array:
-        x = x.transpose(self.x_shared + self.x_free + self.x_contract)
-        return x.reshape(*x.shape[: x.ndim - len(self.x_contract)], self._feature)
-
     def _dy(self, dy: jax.Array) -> jax.Array:
         if self.x_is_lhs:
             return dy
@@ -173,10 +191,13 @@ class Dense:
         axes = range(dy.ndim)
         return dy.transpose(*axes[:shared], *axes[shared + out :], *axes[shared : shared + out])
 
+    @property
+    def _w_order(self) -> Axes:
+        return self.w_shared + self.w_contract + self.w_free
+
     def _w(self, dw: jax.Array) -> jax.Array:
-        axes = self.w_shared + self.w_contract + self.w_free
-        dw = dw.reshape(tuple(self.w_shape[axis] for axis in axes))
-        return dw.transpose(tuple(np.argsort(axes)))
+        dw = dw.reshape(tuple(self.w_shape[axis] for axis in self._w_order))
+        return dw.transpose(tuple(np.argsort(self._w_order)))
 
 
 @functools.lru_cache(maxsize=4096)

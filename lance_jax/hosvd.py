@@ -19,6 +19,7 @@ from jax import lax
 WIDEST = 4096  # size of the widest mode whose Gram matrix is formed
 COLUMNS = 1024  # of the sketch of a wider mode, and so the largest rank that it can get
 _ROUNDING = 1e-2  # of sums in bfloat16, relative to the largest
+_NO_GRAM = "gram is no Gram matrix: it must be symmetric and positive semi-definite"
 _NOTHING = 1e-5  # the share of a trace that float32 sums cannot tell from nothing
 
 
@@ -43,21 +44,33 @@ def subspace(gram: npt.ArrayLike, energy: float) -> np.ndarray:
     """
     check_energy(energy)
     gram = np.asarray(gram)
+    check_gram(gram)
+    if not gram.any():
+        raise ValueError("gram is all zero: it has no leading subspace")
+    values, vectors = eigh(gram)
+    check_positive(values, values[0])
+    dtype = np.promote_types(gram.dtype, np.float32)
+    return vectors[:, : rank(values, energy)].astype(dtype)
+
+
+def check_positive(values: np.ndarray, scale: float) -> None:
+    """Raise where falling eigenvalues end below zero by more than rounding at `scale`."""
+    if values[-1] < -_ROUNDING * scale:
+        raise ValueError(_NO_GRAM)
+
+
+def check_gram(gram: np.ndarray) -> None:
+    """Raise for what is no square, real, finite and symmetric matrix."""
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
         raise ValueError(f"gram has shape {gram.shape}; it must be a square matrix")
     if gram.dtype.kind not in "fiu" and gram.dtype.name != "bfloat16":
         raise ValueError(f"gram is {gram.dtype}; it must be real")
     if not np.isfinite(gram).all():
         raise ValueError("gram holds NaN or Inf; it must be finite")
-    if not gram.any():
-        raise ValueError("gram is all zero: it has no leading subspace")
-    values, vectors = eigh(gram)
     exact = np.asarray(gram, np.float64)
-    asymmetry = np.abs(exact - exact.T).max()
-    if asymmetry > _ROUNDING * np.abs(exact).max() or values[-1] < -_ROUNDING * values[0]:
-        raise ValueError("gram is no Gram matrix: it must be symmetric and positive semi-definite")
-    dtype = np.promote_types(gram.dtype, np.float32)
-    return vectors[:, : rank(values, energy)].astype(dtype)
+    asymmetry = np.abs(exact - exact.T).max(initial=0.0)
+    if asymmetry > _ROUNDING * np.abs(exact).max(initial=0.0):
+        raise ValueError(_NO_GRAM)
 
 
 def decompose(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

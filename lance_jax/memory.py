@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 
-from lance_jax import jaxprs, pointwise, residuals
+from lance_jax import jaxprs, layer_rule, pointwise, residuals
 from lance_jax.factors import Factors, LayerFactors, as_factors, table
 from lance_jax.paths import leaves_with_path
 from lance_jax.phases import trace_phases
 from lance_jax.step import Trainable, choose
-from lance_jax.transform import Use, check, find, keep, rewrite
+from lance_jax.transform import Use, check, find, rewrite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,7 @@ class LayerReport:
       kind: "conv" or "dense".
       ranks: mode name -> rank; empty where no basis is used.
       core_dtype: how the core is stored; None: as the input.
+      update: the rank that the weight gradient is confined to; None: unconfined, 0: frozen.
       bytes: kept of the layer's input, all uses and scan steps together.
       bytes_backprop: the same of plain backprop.
       macs_forward: of the forward product, and of the projection to the core.
@@ -49,6 +50,7 @@ class LayerReport:
     kind: str
     ranks: Mapping[str, int]
     core_dtype: str | None
+    update: int | None
     bytes: int
     bytes_backprop: int
     macs_forward: int
@@ -74,15 +76,18 @@ class Report:
     layers: tuple[LayerReport, ...]
 
     def __repr__(self) -> str:
+        confined = any(x.update is not None for x in self.layers)
         rows: list[tuple[str, ...]] = [
-            ("layer", "kept", "ranks", "bytes", "backprop", "fwd MACs", "dX", "dW", "backprop")
+            ("layer", "kept", "ranks", *(["update"] if confined else []), "bytes", "backprop")
+            + ("fwd MACs", "dX", "dW", "backprop")
         ]
         for x in self.layers:
             ranks = ", ".join(f"{mode} {r}" for mode, r in x.ranks.items()) or "-"
             kept = x.core_dtype or "as input"
             macs = (x.macs_forward, x.macs_dx, x.macs_dw, x.macs_dw_backprop)
             sizes = (x.bytes, x.bytes_backprop, *macs)
-            rows.append((x.path, kept, ranks, *map("{:,}".format, sizes)))
+            update = ["-" if x.update is None else str(x.update or "frozen")] if confined else []
+            rows.append((x.path, kept, ranks, *update, *map("{:,}".format, sizes)))
         saved, plain = self.saved_bytes, self.saved_bytes_backprop
         return "\n".join(
             [
@@ -167,19 +172,21 @@ def _one_bit(jaxpr: Any, i: int) -> jaxprs.Nodes:
 
 def _row(path: str, uses: list[Use], factors: LayerFactors | None) -> LayerReport:
     plain = sum(residuals.nbytes(use.x) * use.runs for use in uses)
-    ranks = factors.ranks if factors is not None else {}
+    product = uses[0].product
+    ranks = layer_rule.core_ranks(product, factors) if factors is not None else {}
     forward = sum(use.product.macs * use.runs for use in uses)
     if factors is None:
         kept, project, dw = plain, 0, forward
     else:
-        kept = sum(_kept_bytes(use, factors) * use.runs for use in uses)
+        kept = kept_bytes(uses, factors)
         project = sum(use.product.project_macs(ranks) * use.runs for use in uses)
-        dw = sum(use.product.weight_gradient_macs(ranks) * use.runs for use in uses)
+        dw = sum(layer_rule.weight_gradient_macs(use.product, factors) * use.runs for use in uses)
     return LayerReport(
         path=path,
-        kind=uses[0].product.kind,
+        kind=product.kind,
         ranks=ranks,
         core_dtype=factors.core_dtype if factors is not None else None,
+        update=_update_rank(factors),
         bytes=kept,
         bytes_backprop=plain,
         macs_forward=forward + project,
@@ -189,8 +196,25 @@ def _row(path: str, uses: list[Use], factors: LayerFactors | None) -> LayerRepor
     )
 
 
-def _kept_bytes(use: Use, factors: LayerFactors) -> int:
-    """Bytes of one run's stored core."""
-    one = jax.tree.map(lambda u: jax.ShapeDtypeStruct(u.shape[len(use.stack) :], u.dtype), factors)
-    stored = jax.eval_shape(lambda x, factors: keep(use.product, x, factors), use.x, one)
-    return sum(residuals.nbytes(leaf) for leaf in jax.tree.leaves(stored))
+def _update_rank(factors: LayerFactors | None) -> int | None:
+    if factors is None or (factors.update is None and not factors.frozen):
+        return None
+    return 0 if factors.update is None else factors.update.shape[-1]
+
+
+def kept_bytes(uses: list[Use], factors: LayerFactors) -> int:
+    """Bytes that one call keeps of a layer's input, over all its uses."""
+    if factors.frozen:
+        return 0
+    total = 0
+    for use in uses:
+        one = jax.tree.map(
+            lambda u, use=use: jax.ShapeDtypeStruct(u.shape[len(use.stack) :], u.dtype), factors
+        )
+
+        def keep(x, factors, use=use):
+            return layer_rule.keep(use.product, x, factors)
+
+        stored = jax.tree.leaves(jax.eval_shape(keep, use.x, one))
+        total += sum(map(residuals.nbytes, stored)) * use.runs
+    return total

@@ -11,19 +11,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lance_jax import jaxprs, pointwise
+from lance_jax import jaxprs, layer_rule, pointwise
 from lance_jax.conv import Conv
 from lance_jax.cpu_conv import conv_p
 from lance_jax.dense import Dense
 from lance_jax.factors import Factors, LayerFactors, Skipped, as_factors, table
 from lance_jax.jaxprs import Ref, Site
-from lance_jax.modes import wider
-from lance_jax.quantize import Stored, load, store
+from lance_jax.layer_rule import Product
 
-Product = Conv | Dense
 _CONVOLUTIONS = (lax.conv_general_dilated_p, conv_p)
 _PRODUCTS = (lax.dot_general_p, *_CONVOLUTIONS)
-_SCOPE = "lance_jax.compressed"  # the name that a compressed layer's equations carry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +195,7 @@ def weight_of(eqn: Any, refs: list[Ref | None]) -> int | Skipped | None:
     path = " + ".join(dict.fromkeys(p for i in views or made_of for p in made_of[i].paths))
     if len(views) == 2:
         return Skipped(path, "both operands are parameters")
-    if _SCOPE in str(eqn.source_info.name_stack):
+    if layer_rule.SCOPE in str(eqn.source_info.name_stack):
         return Skipped(path, "it is compressed already")
     if not views:
         if len(made_of) == 2:
@@ -294,59 +291,8 @@ def _apply(jaxpr: Any, i: int, node: Any, read: Callable[[Any], Any]) -> list[An
         return [pointwise.apply(jaxpr, node, read(pointwise.input_of(jaxpr, node)))]
     eqn = jaxpr.eqns[i]
     x, w = read(eqn.invars[1 - node.weight]), read(eqn.invars[node.weight])
-    return [_layer_product(eqn, node.weight, x, w, node.value)]
-
-
-def _layer_product(
-    eqn: Any, weight: int, x: jax.Array, w: jax.Array, factors: LayerFactors
-) -> jax.Array:
-    """The product, differentiated by x alone, with a rule for dW that saves nothing but the core.
-
-    The product's equation stays visible, so that a walk over the result can lower it.
-    """
-    layer = product_of(eqn, weight)
-    x_aval, w_aval = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, w))
-
-    def product(x, w):
-        operands = (x, w) if weight == 1 else (w, x)
-        return eqn.primitive.bind(*operands, **eqn.params)
-
-    @jax.custom_vjp
-    def attach(y, x, w, factors):
-        return y
-
-    def forward(y, x, w, factors):
-        return y, (keep(layer, x, factors), factors)
-
-    def backward(saved, dy):
-        stored, factors = saved
-        dtype = wider(x_aval.dtype, dy.dtype)
-        core = load(stored, factors.core_dtype, layer.core_shape(factors.ranks), dtype)
-        dw = layer.weight_gradient(core, dy.astype(dtype), factors.bases, w_aval.dtype)
-        if factors.mean is not None:
-            mean = factors.mean.astype(x_aval.dtype)
-            dw = dw + _mean_gradient(product, layer, mean, w_aval, dy)
-        return dy, None, dw, None
-
-    attach.defvjp(forward, backward)
-    with jax.named_scope(_SCOPE):
-        return attach(product(x, lax.stop_gradient(w)), x, w, factors)
-
-
-def keep(layer: Product, x: jax.Array, factors: LayerFactors) -> Stored:
-    """What a layer keeps of its input: the core, stored."""
-    if factors.mean is not None:
-        x = x - jnp.expand_dims(factors.mean.astype(x.dtype), layer.batch_axis)
-    return store(layer.project(x, factors.bases), factors.core_dtype)
-
-
-def _mean_gradient(
-    product: Callable, layer: Product, mean: jax.Array, w: Any, dy: jax.Array
-) -> jax.Array:
-    """The mean's share of dW: the gradient of a batch of one, at the sum of dy over the batch."""
-    one = jnp.expand_dims(mean, layer.batch_axis)
-    dy = jnp.sum(dy, axis=layer.dy_batch_axis, keepdims=True)
-    return jax.linear_transpose(lambda w: product(one, w), w)(dy)[0]
+    product = product_of(eqn, node.weight)
+    return [layer_rule.apply(eqn, node.weight, product, x, w, node.value)]
 
 
 # --- checking ------------------------------------------------------------------------------------
@@ -388,6 +334,14 @@ def _misfits(path: str, factors: LayerFactors, use: Use) -> Iterator[str]:
             yield line
         elif not jnp.issubdtype(u.dtype, jnp.floating):
             yield f"{where} has a {mode} basis of dtype {u.dtype}; it must be floating"
+    if factors.update is not None:
+        u = factors.update
+        shape = (*use.stack, *product.basis_shape(product.update_mode))
+        if tuple(u.shape[:-1]) != shape or u.shape[-1] < 1:
+            text = ", ".join(map(str, shape))
+            yield f"{where} has an update of shape {tuple(u.shape)}; it must be ({text}, r)"
+        elif not jnp.issubdtype(u.dtype, jnp.floating):
+            yield f"{where} has an update of dtype {u.dtype}; it must be floating"
     clash = [mode for mode in factors.bases if mode not in ("patch", "batch")]
     if "patch" in factors.bases and clash:
         yield f"{where} has modes patch and {', '.join(clash)}; patch goes with batch alone"
