@@ -1,5 +1,6 @@
 """Fine-tuning with low-rank compressed activations: LANCE (arXiv 2509.21617) for JAX."""
 
+from lance_jax import continual as continual
 from lance_jax.calibrate import calibrate as calibrate
 from lance_jax.calibrate import last as last
 from lance_jax.factors import Factors as Factors

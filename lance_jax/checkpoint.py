@@ -85,7 +85,10 @@ class Checkpoints:
 
 def _as_dicts(factors: Factors) -> dict[str, Any]:
     """The arrays of `factors`, as Orbax likes them."""
-    return {path: {"bases": dict(f.bases), "mean": f.mean} for path, f in factors.items()}
+    return {
+        path: {"bases": dict(f.bases), "mean": f.mean, "update": f.update}
+        for path, f in factors.items()
+    }
 
 
 def _describe(factors: Factors) -> dict[str, Any]:
@@ -99,7 +102,10 @@ def _describe(factors: Factors) -> dict[str, Any]:
             "path": path,
             "bases": [[mode, array(basis)] for mode, basis in f.bases.items()],
             "mean": array(f.mean),
+            "update": array(f.update),
             "core_dtype": f.core_dtype,
+            "update_core": f.update_core,
+            "frozen": f.frozen,
         }
         for path, f in factors.items()
     ]
@@ -116,6 +122,7 @@ def _template(described: dict[str, Any]) -> dict[str, Any]:
         layer["path"]: {
             "bases": {mode: zeros(basis) for mode, basis in layer["bases"]},
             "mean": zeros(layer["mean"]),
+            "update": zeros(layer["update"]),
         }
         for layer in described["layers"]
     }
@@ -127,5 +134,12 @@ def _rebuild(described: dict[str, Any], arrays: dict[str, Any]) -> Factors:
     for layer in described["layers"]:
         saved = arrays[layer["path"]]
         bases = {mode: saved["bases"][mode] for mode, _ in layer["bases"]}
-        layers[layer["path"]] = LayerFactors(bases, saved["mean"], layer["core_dtype"])
+        layers[layer["path"]] = LayerFactors(
+            bases,
+            saved["mean"],
+            layer["core_dtype"],
+            update=saved["update"],
+            update_core=layer["update_core"],
+            frozen=layer["frozen"],
+        )
     return Factors(layers, tuple(Skipped(*skip) for skip in described["skipped"]))

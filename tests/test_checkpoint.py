@@ -39,6 +39,13 @@ FACTORS = {
         skipped=(Skipped("other/kernel", "no basis"),),
     ),
     "whole inputs": Factors({"kernel": LayerFactors({}, core_dtype="int8")}),
+    "confined": Factors(
+        {
+            "a/kernel": LayerFactors({}, core_dtype="int4", update=basis(9, 2)),
+            "b/kernel": LayerFactors({}, update=basis(2, 5, 3), update_core=True),
+            "c/kernel": LayerFactors({}, frozen=True),
+        }
+    ),
 }
 
 
