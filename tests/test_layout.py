@@ -45,6 +45,7 @@ ORDER = [
     "features",
     "checkpoint",
     "metrics",
+    "forgetting",
     "config",
     "timing",
     "devices",
