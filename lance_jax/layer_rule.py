@@ -48,7 +48,7 @@ def apply(
             mean = factors.mean.astype(x_aval.dtype)
             of_mean = _mean_gradient(product, layer, mean, w_aval, dy)
             if factors.update is not None:
-                of_mean = _exact(layer).confine(of_mean, factors.update)
+                of_mean = exact(layer).confine(of_mean, factors.update)
             dw = dw + of_mean
         return dy, None, dw, None
 
@@ -99,19 +99,19 @@ def _weight_gradient(
     bases, update = _core_bases(layer, factors), factors.update
     if update is None:
         return layer.weight_gradient(core, dy, bases, dtype)
-    exact = _exact(layer)
+    sure = exact(layer)
     if factors.update_core:
-        return exact.weight_gradient(core, dy, bases, dtype)
+        return sure.weight_gradient(core, dy, bases, dtype)
     rank = update.shape[-1]
     plain = layer.weight_gradient_macs(core_ranks(layer, factors)) + layer.confine_macs(rank)
     if not bases and _projected_macs(layer, rank) < plain:
         # a whole input is projected itself: its plain gradient is never there
         bases = {layer.update_mode: update}
-        return exact.weight_gradient(layer.project(core, bases), dy, bases, dtype)
-    return exact.confine(layer.weight_gradient(core, dy, bases, dtype), update)
+        return sure.weight_gradient(layer.project(core, bases), dy, bases, dtype)
+    return sure.confine(layer.weight_gradient(core, dy, bases, dtype), update)
 
 
-def _exact(layer: Product) -> Product:
+def exact(layer: Product) -> Product:
     """The layer in exact products: what leaks out of the span of U is what old tasks forget."""
     return dataclasses.replace(layer, precision=lax.Precision.HIGHEST)
 

@@ -155,6 +155,29 @@ def test_frozen_layers_get_no_update():
     assert np.abs(params["e"] - PARAMS["e"]).max() > 0
 
 
+@pytest.mark.parametrize("scale", [None, 4.0])
+def test_gradient_projection_takes_out_what_is_protected(scale):
+    x, y = task(1)
+    slices = continual.protect(None, network, PARAMS, [task(0)[0]], threshold=0.95)
+    grads = jax.grad(loss_of(network))(PARAMS, x, y)
+    lean = continual.project_out(slices, network, PARAMS, x, scale=scale)
+    state = lean.init(PARAMS)
+    found, _ = jax.jit(lean.update)(grads, state)
+    if scale is None:
+        for path, leaked in protected_rows(slices, found):
+            assert leaked < 1e-5, path
+    p = slices.protected("d").astype(np.float64)
+    s = np.sqrt(slices.energies["d"][0])
+    importance = np.ones(p.shape[1]) if scale is None else (scale + 1) * s / (scale * s + 1)
+    dw = np.asarray(grads["d"], np.float64)
+    np.testing.assert_allclose(found["d"], dw - p * importance @ p.T @ dw, atol=1e-6)
+    shapes = {leaf.shape for leaf in jax.tree.leaves(state)}
+    assert shapes == {slices.protected(path).shape for path in slices}
+    nothing = continual.project_out(None, network, PARAMS, x)
+    same, _ = nothing.update(grads, nothing.init(PARAMS))
+    np.testing.assert_array_equal(same["d"], grads["d"])
+
+
 def test_a_step_holds_neither_slices_nor_projection_matrices():
     slices = None
     for seed in range(3):
@@ -198,9 +221,8 @@ def test_layers_in_a_scan_have_stacked_slices_and_updates():
     grads = jax.jit(jax.grad(loss))(params, new)
     leaked = np.einsum("ldk,ldo->lko", slices.protected("w"), grads["w"])
     assert np.abs(leaked).max() < 1e-5 * np.abs(grads["w"]).max()
-    updates = continual.project_updates(factors, apply_fn, params, new).update(
-        params, optax.EmptyState()
-    )[0]
+    confined = continual.project_updates(factors, apply_fn, params, new)
+    updates, _ = confined.update(params, confined.init(params))
     leaked = np.einsum("ldk,ldo->lko", slices.protected("w"), updates["w"])
     assert np.abs(leaked).max() < 1e-5 * np.abs(updates["w"]).max()
 

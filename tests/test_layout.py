@@ -35,6 +35,7 @@ ORDER = [
     "phases",
     "micro_batches",
     "step",
+    "slices",
     "memory",
     "continual",
     "models",

@@ -1,4 +1,4 @@
-"""`continual.complement`: new directions, orthogonal to a protected basis."""
+"""`complement`: new directions, orthogonal to a protected basis."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cases import orthonormal
 
-from lance_jax.continual import RULES, complement
+from lance_jax.slices import RULES, complement
 
 FOLDER = Path(__file__).parents[1].parent / "shared" / "goldens"
 goldens = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no golden files at {FOLDER}")

@@ -1,0 +1,194 @@
+"""Slices: what finished tasks need of each layer's input; and new directions orthogonal to them."""
+
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from jax.tree_util import DictKey, GetAttrKey, register_pytree_with_keys_class
+
+from lance_jax import hosvd
+from lance_jax.factors import FrozenMapping, table
+
+RULES = ("residual", "total", "authors")
+
+_NOTHING = 1e-10  # the share of a trace below which what is left of it is rounding
+_ORTHONORMAL = 0.05
+
+
+@register_pytree_with_keys_class
+class Slices(FrozenMapping, Mapping[str, tuple[Any, ...]]):
+    """What earlier tasks need of each layer's input: a frozen mapping and a pytree of host arrays.
+
+    A layer's path -> a tuple with one entry for each finished task: an orthonormal basis (D, k),
+    with the leading axes of a patch or feature basis (a group or scan step that needs fewer
+    directions than another has columns of zeros), or None where the task needed no more than what
+    was there.
+
+    Attributes:
+      energies: path -> a tuple with one array for each finished task: the task's energy along all
+        directions protected after it (..., k of all tasks so far), relative to the largest.
+    """
+
+    __slots__ = ("energies",)
+
+    energies: Mapping[str, tuple[np.ndarray, ...]]
+
+    def __init__(
+        self,
+        bases: Mapping[str, tuple[Any, ...]] = types.MappingProxyType({}),
+        energies: Mapping[str, tuple[Any, ...]] = types.MappingProxyType({}),
+    ):
+        object.__setattr__(self, "_layers", dict(bases))
+        object.__setattr__(self, "energies", types.MappingProxyType(dict(energies)))
+
+    @property
+    def tasks(self) -> int:
+        """The number of finished tasks."""
+        return max((len(bases) for bases in self.values()), default=0)
+
+    def protected(self, path: str) -> np.ndarray | None:
+        """All of a layer's slices side by side (..., D, k); None where there is nothing."""
+        bases = [basis for basis in self[path] if basis is not None]
+        return np.concatenate(bases, -1) if bases else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all bases."""
+        return sum(b.nbytes for bases in self.values() for b in bases if b is not None)
+
+    def __repr__(self) -> str:
+        rows = [("path", "D", "protected", "free", "by task")]
+        for path, bases in self.items():
+            counts = [0 if basis is None else basis.shape[-1] for basis in bases]
+            sizes = {basis.shape[-2] for basis in bases if basis is not None}
+            d = next(iter(sizes), 0)
+            free = str(d - sum(counts)) if d else "all"
+            rows.append((path, str(d or "-"), str(sum(counts)), free, " ".join(map(str, counts))))
+        return table(rows)
+
+    def tree_flatten_with_keys(self):
+        children = [(DictKey(path), bases) for path, bases in self.items()]
+        return [*children, (GetAttrKey("energies"), dict(self.energies))], tuple(self)
+
+    @classmethod
+    def tree_unflatten(cls, paths, children):
+        new = object.__new__(cls)
+        *bases, energies = children
+        object.__setattr__(new, "_layers", dict(zip(paths, bases, strict=True)))
+        object.__setattr__(new, "energies", energies)
+        return new
+
+
+# --- new directions ------------------------------------------------------------------------------
+
+
+def complement(
+    gram: npt.ArrayLike, protected: npt.ArrayLike | None, energy: float, *, rule: str = "residual"
+) -> np.ndarray:
+    """The fewest leading directions of a Gram matrix, orthogonal to a protected basis P.
+
+    They are eigenvectors of the residual (I - P P^T) C (I - P P^T), and as many as reach `energy`
+
+    * "residual": of the residual's own trace: what a new task may use;
+    * "total": of the trace of C, with what P explains, tr P^T C P: what a task needs beside P
+      (the rule of gradient projection memory, arXiv 2103.09762, equation 9);
+    * "authors": of the trace of C too, as LANCE's published code counts: left singular vectors of
+      the one-sided (I - P P^T) C with its singular values, one more than stay at or below `energy`.
+      It finds more directions than "total" for `protect`, and fewer than "residual" for `allocate`.
+
+    Args:
+      gram: C (D, D), symmetric positive semi-definite: the sum of x x^T over the inputs.
+      protected: P (D, k) with orthonormal columns; None or k = 0 where nothing is protected.
+      energy: the share to reach, in (0, 1].
+      rule: "residual", "total" or "authors".
+
+    Returns:
+      (D, r) orthonormal columns, orthogonal to P, of `gram`'s floating dtype (at least float32), in
+      falling order of energy; r is 0 where nothing is left, or nothing more is needed. Computed in
+      float64 on the host.
+
+    Raises:
+      ValueError: for an unknown rule, an `energy` outside (0, 1], and what is no Gram matrix or no
+        orthonormal basis.
+    """
+    hosvd.check_energy(energy)
+    check_rule(rule)
+    gram = np.asarray(gram)
+    hosvd.check_gram(gram)
+    if len(gram) == 0:
+        raise ValueError("gram is empty; it must have a row for each element of an input")
+    dtype = np.promote_types(gram.dtype, np.float32)
+    basis = _checked_basis(protected, len(gram))
+    return complement_of(np.asarray(gram, np.float64), basis, energy, rule).astype(dtype)
+
+
+def check_rule(rule: str) -> None:
+    """Raise for an unknown rule."""
+    if rule not in RULES:
+        raise ValueError(f"rule is {rule!r}; it must be one of {', '.join(map(repr, RULES))}")
+
+
+def _checked_basis(protected: npt.ArrayLike | None, n: int) -> np.ndarray:
+    basis = np.zeros((n, 0)) if protected is None else np.asarray(protected, np.float64)
+    if basis.ndim != 2 or len(basis) != n or basis.shape[1] > n:
+        raise ValueError(
+            f"protected has shape {basis.shape}; it must be ({n}, k) with k of {n} or less"
+        )
+    error = np.abs(basis.T @ basis - np.eye(basis.shape[1])).max(initial=0.0)
+    if not error <= _ORTHONORMAL:
+        raise ValueError(
+            f"the columns of protected are not orthonormal: P^T P differs from the identity by "
+            f"{error:.2g}"
+        )
+    return basis
+
+
+def complement_of(sums: np.ndarray, basis: np.ndarray, energy: float, rule: str) -> np.ndarray:
+    """`complement` of a Gram matrix or a sketch of one (`hosvd`), in float64."""
+    values, directions, total = _residual(sums, basis, one_sided=rule == "authors")
+    left = values.sum()
+    free = min(len(basis) - basis.shape[1], directions.shape[1])
+    if left <= _NOTHING * total or free <= 0:
+        return np.zeros((len(basis), 0))
+    if rule == "residual":
+        r = hosvd.rank(values, energy)
+    else:
+        shares = (total - left + np.cumsum(values)) / total
+        enough = shares <= energy if rule == "authors" else shares < energy * (1 - 1e-12)
+        r = int(np.sum(enough)) + (rule == "authors" or (total - left) / total < energy)
+    return _away(directions[:, : min(r, free)], basis)
+
+
+def _residual(
+    sums: np.ndarray, basis: np.ndarray, one_sided: bool
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """(Values in falling order, their directions, trace of C) of what the basis does not explain.
+
+    The last value of a sketch is what its directions miss.
+    """
+    if not hosvd.is_gram(sums):
+        values, vectors = hosvd.nystrom(sums)
+        missed = values[-1]
+        parts = _without(vectors * np.sqrt(values[:-1]), basis)
+        directions, roots, _ = np.linalg.svd(parts, full_matrices=False)
+        return np.append(roots**2, missed), directions, float(values.sum())
+    total = float(np.trace(sums))
+    once = _without(sums, basis)
+    if one_sided:
+        directions, values, _ = np.linalg.svd(once)
+        return values, directions, total
+    values, directions = hosvd.eigh(_without(once.T, basis))
+    hosvd.check_positive(values, total)
+    return np.maximum(values, 0.0), directions, total
+
+
+def _without(x: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    """(I - P P^T) x."""
+    return x - basis @ (basis.T @ x)
+
+
+def _away(directions: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    """Orthonormal columns of the same span, orthogonal to the basis: projected out twice."""
+    return np.linalg.qr(_without(_without(directions, basis), basis))[0]
