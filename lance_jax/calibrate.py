@@ -110,7 +110,7 @@ def calibrate(
     layers = {}
     for path, sums in total.items():
         use = found.uses[path][0]
-        check_finite(path, sums)
+        _check_finite(path, sums)
         mean = None
         if center:
             sums, mean = _centred(path, sums, use)
@@ -353,7 +353,7 @@ def _centred(
     return sums, mean.astype(accumulator(use.x.dtype))
 
 
-def check_finite(path: str, sums: dict[str, np.ndarray]) -> None:
+def _check_finite(path: str, sums: dict[str, np.ndarray]) -> None:
     if not all(np.isfinite(total).all() for total in sums.values()):
         raise ValueError(f"the input of {path!r} holds NaN or Inf in the calibration batches")
     if not all(total.any() for mode, total in sums.items() if mode != _SUM):

@@ -9,6 +9,7 @@ alone: no slice and no projection matrix (LANCE, arXiv 2509.21617, section 4; gr
 memory, Saha et al. 2021, arXiv 2103.09762).
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -61,7 +62,7 @@ def protect(
       ValueError: for bad arguments, layers that are not those of the earlier tasks, or inputs that
         are not finite.
     """
-    hosvd.check_energy(threshold)
+    hosvd.check_energy(threshold, "threshold")
     slices = Slices() if slices is None else slices
     grams = _layer_grams(apply_fn, params, batches, select)
     if slices and set(slices) != set(grams):
@@ -150,7 +151,7 @@ def _layer_grams(
                 f"the uses of {layer.path!r} differ in the size of their {mode} mode; leave it out"
             )
         wanted[layer.path] = (mode,)
-    total = sum_grams(apply_fn, params, [first, *rest], wanted)
+    total = sum_grams(apply_fn, params, itertools.chain([first], rest), wanted)
     grams = {}
     for path, sums in total.items():
         (one,) = sums.values()

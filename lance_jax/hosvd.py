@@ -120,10 +120,10 @@ def rank(values: np.ndarray, energy: float) -> int:
     return int(np.argmax(reached)) + 1
 
 
-def check_energy(energy: float) -> None:
-    """Raise if `energy` is no share."""
+def check_energy(energy: float, name: str = "energy") -> None:
+    """Raise if it is no share."""
     if not isinstance(energy, numbers.Real) or not 0.0 < energy <= 1.0:
-        raise ValueError(f"energy is {energy!r}; it must be in (0, 1]")
+        raise ValueError(f"{name} is {energy!r}; it must be in (0, 1]")
 
 
 # --- what is summed over the batches -------------------------------------------------------------

@@ -274,7 +274,7 @@ def test_bad_options_of_allocate(options, told):
 
 def test_bad_input_of_protect_and_allocate():
     x, _ = task(0)
-    with pytest.raises(ValueError, match=r"energy is 2\.0|threshold is 2\.0"):
+    with pytest.raises(ValueError, match=r"threshold is 2\.0; it must be in"):
         continual.protect(None, network, PARAMS, [x], threshold=2.0)
     with pytest.raises(ValueError, match="the input of 'a' holds NaN or Inf"):
         continual.protect(None, network, PARAMS, [x * np.nan], threshold=0.9)

@@ -83,8 +83,6 @@ def test_slices_hold_what_the_task_needs(case):
 def test_the_gradient_is_confined_to_directions_orthogonal_to_the_slices(case, by_update):
     with case.context():
         slices, factors = allocated(case, core_dtype=None)
-        if factors[PATH].frozen:
-            pytest.skip("nothing is left of so small a layer")
         u = factors[PATH].update
         kept = LayerFactors({}, update=u, update_core=by_update)
         dw = gradient(case, Factors({PATH: kept}))
@@ -101,8 +99,6 @@ def test_the_gradient_is_confined_to_directions_orthogonal_to_the_slices(case, b
 def test_the_same_update_confines_whatever_is_kept(case, core_dtype):
     with case.context():
         _, factors = allocated(case, core_dtype=core_dtype)
-        if factors[PATH].frozen:
-            pytest.skip("nothing is left of so small a layer")
         u = factors[PATH].update
         inputs_kept = LayerFactors({}, core_dtype=core_dtype, update=u)
         dw = gradient(case, Factors({PATH: inputs_kept}))
@@ -120,8 +116,6 @@ def test_an_update_as_well_as_bases(case):
     """Bases decide what is kept, the update what is done with it."""
     with case.context():
         _, factors = allocated(case)
-        if factors[PATH].frozen:
-            pytest.skip("nothing is left of so small a layer")
         params, _, x, dy = tasks_of(case)
         found = lance_jax.calibrate(
             case.apply, params, [x], energy=0.9, modes=case.op.default_modes
@@ -140,8 +134,6 @@ def test_keeps_the_smaller_of_input_and_core(case):
     with case.context():
         _, factors = allocated(case, core_dtype="int8")
         layer = factors[PATH]
-        if layer.frozen:
-            pytest.skip("nothing is left of so small a layer")
         params, _, x, dy = tasks_of(case)
 
         def loss_of(apply_fn):
@@ -192,8 +184,7 @@ def test_scaled_slices_come_back_by_their_importance(case):
     # U U^T = the plain projector, and P diag(1 - importance) P^T
     old, protected = tasks_of(case)[1], stacked(slices.protected(PATH))
     want = np.zeros((len(u), u.shape[1], u.shape[1]))
-    if not plain_factors[PATH].frozen:
-        want += reference.projector(stacked(plain_factors[PATH].update))
+    want += reference.projector(stacked(plain_factors[PATH].update))
     for i, gram in enumerate(stacked(reference.gram(case.op, old, mode_of(case)))):
         s = np.sqrt(np.maximum(np.diag(protected[i].T @ gram @ protected[i]), 0))
         s = s / s.max()
