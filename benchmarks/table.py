@@ -156,6 +156,9 @@ def energy_table(rows: list[dict]) -> str:
 
 
 def mean_and_least(values: list[float]) -> str:
+    """Of cosines; nothing where the benchmark was stopped before it measured any."""
+    if not values:
+        return ""
     return f"{np.mean(values):.3f} (least {min(values):.3f}, n = {len(values)})"
 
 

@@ -228,6 +228,12 @@ def test_gradients_are_shown_at_the_programs_energy_and_over_energies(results):
     assert rows(blocks["energy"], name) == [["14.5", "0.970 (least 0.960, n = 2)"]]
 
 
+def test_gradients_of_a_run_that_was_stopped(results):
+    records.append(results / "gradients.jsonl", gradient("calibration", 0.98, 0.5))
+    (row,) = rows(table.blocks(results)["gradients"], "`blocks_1/conv1`")
+    assert row == ["0.500 (least 0.500, n = 1)", ""]
+
+
 def cpu(kind, ours, **micro_batch):
     ratios = {
         f"{other} / {name}": {"median": 2.0 + i, "low": 1.5, "high": 9.0}
