@@ -17,7 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.batch_size = 64
     config.micro_batch = 64  # nothing to choose: the same numbers in every run
     config.learning_rate = ml_collections.ConfigDict(
-        {"head": 0.4, "bias": 0.2, "backprop": 0.05, "lance": 0.05}
+        {"head": 0.2, "bias": 0.2, "backprop": 0.05, "lance": 0.05}
     )
     config.checkpoint_every = 10  # windows
     return config

@@ -18,6 +18,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.epochs = 30
     config.log_every = 5
     config.learning_rate = ml_collections.ConfigDict(
-        {"head": 0.1, "bias": 0.05, "backprop": 0.025, "lance": 0.1}
+        {"head": 0.1, "bias": 0.05, "backprop": 0.05, "lance": 0.025}
     )
     return config
