@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from lance_jax.factors import Factors, LayerFactors, Skipped
@@ -17,6 +18,7 @@ class Checkpoint(NamedTuple):
     state: Any  # pytree of arrays: parameters, optimiser state, PRNG key data
     factors: Factors
     info: dict[str, Any]  # JSON: loader position, configuration, measured times
+    memory: dict[str, Any] = {}  # nested dicts of host arrays whose shapes no one else knows
 
 
 class Checkpoints:
@@ -43,13 +45,14 @@ class Checkpoints:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Writes a checkpoint, and returns when it is on disk."""
-        step, state, factors, info = checkpoint
-        arrays = jax.device_get({"state": state, "factors": _as_dicts(factors)})
+        step, state, factors, info, memory = checkpoint
+        arrays = {"state": state, "factors": _as_dicts(factors), "memory": memory}
+        described = {"factors": _describe(factors), "memory": _describe_arrays(memory)}
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                arrays=ocp.args.StandardSave(arrays),
-                info=ocp.args.JsonSave({"info": info, "factors": _describe(factors)}),
+                arrays=ocp.args.StandardSave(jax.device_get(arrays)),
+                info=ocp.args.JsonSave({"info": info, **described}),
             ),
         )
 
@@ -74,13 +77,32 @@ class Checkpoints:
     def _restore(self, step: int, state: Any) -> Checkpoint:
         json = self._manager.restore(step, args=ocp.args.Composite(info=ocp.args.JsonRestore()))
         described = json["info"]["factors"]
-        template = {"state": jax.device_get(state), "factors": _template(described)}
+        template = {
+            "state": jax.device_get(state),
+            "factors": _template(described),
+            "memory": _zeros(json["info"]["memory"]),
+        }
         restored = self._manager.restore(
             step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(template))
         )
-        arrays = jax.tree.map(jnp.asarray, restored["arrays"])
-        factors = _rebuild(described, arrays["factors"])
-        return Checkpoint(step, arrays["state"], factors, json["info"]["info"])
+        saved = restored["arrays"]
+        state, factors = jax.tree.map(jnp.asarray, (saved["state"], saved["factors"]))
+        memory = jax.tree.map(np.asarray, saved["memory"])
+        return Checkpoint(step, state, _rebuild(described, factors), json["info"]["info"], memory)
+
+
+def _describe_arrays(memory: dict[str, Any]) -> Any:
+    """Dtypes and shapes of nested dicts of arrays, as JSON."""
+    if isinstance(memory, dict):
+        return {name: _describe_arrays(part) for name, part in memory.items()}
+    return [str(memory.dtype), list(memory.shape)]
+
+
+def _zeros(described: Any) -> Any:
+    """Zeros in the form of what `_describe_arrays` described."""
+    if isinstance(described, dict):
+        return {name: _zeros(part) for name, part in described.items()}
+    return np.zeros(described[1], described[0])
 
 
 def _as_dicts(factors: Factors) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ Config = Any  # an ml_collections.ConfigDict, whose own annotations fit no field
 
 DATA_DIR = "~/tensorflow_datasets"  # where TensorFlow Datasets looks, too
 METHODS = ("head", "bias", "backprop", "lance")
+EVAL_SPLITS = ("test", "validation")
+UNREADABLE = ("error", "skip")
+KEPT_AS = ("", *filter(None, CORE_DTYPES))  # "" for the activation's own dtype
 MODES = ("paper", "none", "batch", "height", "width", "channel", "patch")
 # what may change between two runs in one working directory; anything else changes the results
 FREE_FIELDS = ("method", "cache_dir")
@@ -123,65 +126,103 @@ def names(value: str | Sequence[str]) -> tuple[str, ...]:
 
 def check(config: Config, workdir: str | Path) -> None:
     """ValueError for a setting or a working directory that cannot be; reads no data."""
-    _check_fields(config)
-    methods = names(config.method)
-    allowed = {
-        "method": (METHODS, methods),
-        "model": (("", "digits", *MODELS), [config.model]),
-        "batch_stats": (STATISTICS, [config.get("batch_stats", "frozen")]),
-        "eval_split": (("test", "validation"), [config.eval_split]),
-        "modes": (("", *MODES), names(config.modes)),
-        "core_dtype": (("", *filter(None, CORE_DTYPES)), [config.core_dtype]),
-    }
+    bases = {"digits": digits} | dict.fromkeys(("", *MODELS), pretrained)
+    origin = folder if config.get("dataset") == "folder" else bases.get(config.get("model"), base)
+    check_fields(config, origin)
+    methods = check_methods(config, METHODS)
+    check_choices("model", [config.model], ("", "digits", *MODELS))
+    check_choices("batch_stats", [config.get("batch_stats", "frozen")], STATISTICS)
+    check_choices("eval_split", [config.eval_split], EVAL_SPLITS)
+    check_choices("modes", names(config.modes), ("", *MODES))
+    check_choices("core_dtype", [config.core_dtype], KEPT_AS)
     if config.dataset == "folder":
-        allowed["unreadable"] = (("error", "skip"), [config.unreadable])
-    for field, (known, given) in allowed.items():
-        for value in given:
-            if value not in known:
-                raise ValueError(
-                    f"config.{field} is {value!r}; it must be one of {', '.join(map(repr, known))}"
-                )
-    if not methods:
-        raise ValueError(f"config.method is empty; give one or more of {','.join(METHODS)}")
+        check_choices("unreadable", [config.unreadable], UNREADABLE)
     if (config.model == "digits") != (config.dataset == "digits"):
         raise ValueError(
             f"config.model is {config.model!r} and config.dataset is {config.dataset!r}; the "
             "digits have a network of their own, and it takes no other pictures"
         )
-    least = dict.fromkeys(("epochs", "batch_size", "log_every", "checkpoint_every"), 1)
-    least |= {"calibration_batches": 1, "seed": 0, "micro_batch": 0}
-    counts = {field: config[field] for field in least}
+    counts = ("epochs", "batch_size", "log_every", "checkpoint_every", "calibration_batches")
+    check_least(config, dict.fromkeys(counts, 1) | {"micro_batch": 0})
     if config.model == "digits":
-        counts["pretrain.epochs"] = config.pretrain.epochs
+        check_least(config, {"pretrain.epochs": 1})
     else:
-        least["resolution"] = 0
-        counts["resolution"] = config.resolution
-    for field, value in counts.items():
-        if value < least.get(field, 1):
-            raise ValueError(
-                f"config.{field} is {value}; it must be at least {least.get(field, 1)}"
-            )
-    if config.seed >= 2**32:
-        raise ValueError(f"config.seed is {config.seed}; it must be below {2**32}")
+        check_least(config, {"resolution": 0})
     _check_modes(config)
     _check_micro_batch(config)
-    if not 0 < config.energy <= 1:
-        raise ValueError(f"config.energy is {config.energy}; it must lie in (0, 1]")
-    if config.dataset == "folder" and not 0 < config.test_fraction < 1:
-        raise ValueError(f"config.test_fraction is {config.test_fraction}; it must lie in (0, 1)")
-    if not 0 <= config.momentum < 1:
-        raise ValueError(f"config.momentum is {config.momentum}; it must lie in [0, 1)")
-    positive = {"clip": config.clip}
-    positive |= {f"learning_rate.{method}": config.learning_rate[method] for method in methods}
+    if config.dataset == "folder":
+        check_share(config, "test_fraction")
+    positive = ["clip", *(f"learning_rate.{method}" for method in methods)]
     if config.model == "digits":
-        positive["pretrain.learning_rate"] = config.pretrain.learning_rate
-    for field, value in positive.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"config.{field} is {value}; it must be positive and finite")
-    _check_writable(workdir, "--workdir")
+        positive.append("pretrain.learning_rate")
+    check_positive(config, positive)
+    check_common(config, workdir)
     if config.get("cache_dir"):
         _check_writable(config.cache_dir, "config.cache_dir")
+
+
+def check_common(config: Config, workdir: str | Path) -> None:
+    """The seed, the energy and the momentum, and a working directory for this configuration."""
+    check_least(config, {"seed": 0})
+    if config.seed >= 2**32:
+        raise ValueError(f"config.seed is {config.seed}; it must be below {2**32}")
+    check_energy(config, "energy")
+    if not 0 <= config.momentum < 1:
+        raise ValueError(f"config.momentum is {config.momentum}; it must lie in [0, 1)")
+    _check_writable(workdir, "--workdir")
     _compare_claim(Path(workdir), "config", _fixed(config))
+
+
+def check_methods(config: Config, known: Sequence[str]) -> tuple[str, ...]:
+    """The names in `config.method`, one or more of those that are known."""
+    methods = names(config.method)
+    check_choices("method", methods, known)
+    if not methods:
+        raise ValueError(f"config.method is empty; give one or more of {','.join(known)}")
+    return methods
+
+
+def check_choices(field: str, given: Sequence[str], known: Sequence[str]) -> None:
+    """Each value given is one of those that are known."""
+    for value in given:
+        if value not in known:
+            raise ValueError(
+                f"config.{field} is {value!r}; it must be one of {', '.join(map(repr, known))}"
+            )
+
+
+def check_least(config: Config, least: Mapping[str, int]) -> None:
+    """Each named field ("a" or "a.b") is at least the number given."""
+    for field, bound in least.items():
+        value = _at(config, field)
+        if value < bound:
+            raise ValueError(f"config.{field} is {value}; it must be at least {bound}")
+
+
+def check_positive(config: Config, fields: Sequence[str]) -> None:
+    """Each named field ("a" or "a.b") is positive and finite."""
+    for field in fields:
+        value = _at(config, field)
+        if not 0 < value < math.inf:
+            raise ValueError(f"config.{field} is {value}; it must be positive and finite")
+
+
+def check_share(config: Config, field: str) -> None:
+    """The field lies between 0 and 1."""
+    if not 0 < config[field] < 1:
+        raise ValueError(f"config.{field} is {config[field]}; it must lie in (0, 1)")
+
+
+def check_energy(config: Config, field: str) -> None:
+    """The field is a share that is not 0."""
+    if not 0 < config[field] <= 1:
+        raise ValueError(f"config.{field} is {config[field]}; it must lie in (0, 1]")
+
+
+def _at(config: Config, field: str) -> Any:
+    for name in field.split("."):
+        config = config[name]
+    return config
 
 
 def _check_modes(config: Config) -> None:
@@ -213,15 +254,12 @@ def needs_whole_batch(config: Config) -> bool:
     return config.get("batch_stats") == "trained" or batch_mode
 
 
-def _check_fields(config: Config) -> None:
-    """All fields are there, and numbers where numbers belong."""
-    bases = {"digits": digits} | dict.fromkeys(("", *MODELS), pretrained)
-    origin = bases.get(config.get("model"), base)
-    origin = folder if config.get("dataset") == "folder" else origin
+def check_fields(config: Config, origin: Callable[[], Any]) -> None:
+    """All fields of the base are there, and numbers where numbers belong."""
     for name, default in origin().items():
         if name not in config:
             raise ValueError(
-                f"config.{name} is missing; begin with lance_jax.config.{origin.__name__}()"
+                f"config.{name} is missing; begin with {origin.__module__}.{origin.__name__}()"
             )
         if isinstance(default, ml_collections.ConfigDict):
             wanted = names(config.method) if name == "learning_rate" else default

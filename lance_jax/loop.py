@@ -28,7 +28,8 @@ from lance_jax.timing import least_seconds
 MICRO_BATCHES = (4, 16)  # those that are tried beside the whole batch
 WARM_UP_STEPS = 3  # of each process, not timed: they compile
 
-ApplyFn = Callable[[Any, Any], Any]
+ApplyFn = Callable[..., Any]  # (params, inputs) -> logits
+Criterion = Callable[[jax.Array, jax.Array], jax.Array]  # (logits, labels) -> loss
 Examples = Features | Pictures
 
 
@@ -57,16 +58,25 @@ class Fitted(NamedTuple):
     micro_batch: int  # samples that went through the network at a time
 
 
-def loss_of(apply_fn: ApplyFn, has_aux: bool = False) -> Callable[[Any, jax.Array, jax.Array], Any]:
-    """loss(params, inputs, labels): the mean cross-entropy of logits = apply_fn(params, inputs).
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Of logits (n, classes) and labels (n,), the mean."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    With `has_aux` apply_fn gives (logits, aux), and the loss is (loss, aux).
+
+def loss_of(
+    apply_fn: ApplyFn, has_aux: bool = False, criterion: Criterion = cross_entropy
+) -> Callable[..., Any]:
+    """loss(params, inputs, labels): the criterion of logits = apply_fn(params, inputs).
+
+    With `has_aux` apply_fn gives (logits, aux), and the loss is (loss, aux). What is given by
+    keyword goes on to apply_fn.
     """
 
-    def loss(params: Any, inputs: jax.Array, labels: jax.Array) -> Any:
-        logits, aux = apply_fn(params, inputs) if has_aux else (apply_fn(params, inputs), None)
-        mean = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        return (mean, aux) if has_aux else mean
+    def loss(params: Any, inputs: jax.Array, labels: jax.Array, **options: Any) -> Any:
+        found = apply_fn(params, inputs, **options)
+        if has_aux:
+            return criterion(found[0], labels), found[1]
+        return criterion(found, labels)
 
     return loss
 
@@ -90,15 +100,20 @@ def fit(
     directory: Path,
     micro_batch: int | None,
     has_aux: bool = False,
+    dropout: bool = False,
+    criterion: Criterion = cross_entropy,
+    transform: optax.GradientTransformation | None = None,
 ) -> Fitted:
     """Trains `params` by SGD, going on from the newest checkpoint in `directory` if there is one.
 
     With `has_aux`, apply_fn gives (logits, aux), and aux replaces its entries of `params` after
-    each step: the statistics of batch norm.
+    each step: the statistics of batch norm. With `dropout`, apply_fn is given a key, `dropout=key`.
+    `transform` comes before everything else that is done to the gradients.
     `calibrate` gives the factors to compress with, once at the start; None trains in plain JAX.
     `trainable` is that of `lance_jax.value_and_grad`. `micro_batch` samples at a time go through
     the network, divided among as many devices as divide them evenly; 0: a number that is chosen at
-    the start, by timing, and kept; None: the whole batch, on one device. FloatingPointError where a
+    the start, by timing, and kept; None: the whole batch, on one device (`has_aux` and `dropout`
+    need that). FloatingPointError where a
     loss is not finite; it names `field`, where the configuration has the learning rate.
     """
     size = len(examples.labels)
@@ -110,12 +125,14 @@ def fit(
         return cosine(jnp.asarray(count, jnp.float32))  # its own int32 fails strict promotion
 
     optimizer = optax.chain(
-        optax.clip_by_global_norm(config.clip), optax.sgd(schedule, momentum=config.momentum)
+        *([] if transform is None else [transform]),
+        optax.clip_by_global_norm(config.clip),
+        optax.sgd(schedule, momentum=config.momentum or None),
     )
 
     def gradients_with(factors: lance_jax.Factors) -> Gradients:
         compressed = apply_fn if calibrate is None else lance_jax.compress(apply_fn, factors)
-        loss = loss_of(for_device(compressed), has_aux)
+        loss = loss_of(for_device(compressed), has_aux, criterion)
         shared = 1 if micro_batch is None else config.batch_size
         return gradients_of(loss, trainable, shared, has_aux)
 
@@ -138,7 +155,7 @@ def fit(
         loader = Loader(size, config.batch_size, config.seed, tuple(now.info["position"]))
         batches = _batches(examples, loader, now.state["key"])
         log = metrics.Metrics(directory / "metrics.jsonl", now.step)
-        step_fn = _step_fn(value_and_grad, mesh, optimizer, has_aux)
+        step_fn = _step_fn(value_and_grad, mesh, optimizer, has_aux, dropout)
         untimed = now.step + WARM_UP_STEPS
         with closing(batches), Progress(*metrics.COLUMNS) as progress:
             bar = progress.add_task(directory.name, total=total, completed=now.step)
@@ -315,7 +332,11 @@ def _window(
 
 
 def _step_fn(
-    value_and_grad: ValueAndGrad, mesh: Mesh, optimizer: optax.GradientTransformation, has_aux: bool
+    value_and_grad: ValueAndGrad,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    has_aux: bool,
+    dropout: bool,
 ) -> StepFn:
     """step(state, batch) -> (state, loss, seconds), the seconds without fetching the batch."""
     gradients = devices.divided(value_and_grad, mesh)
@@ -325,13 +346,19 @@ def _step_fn(
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
+    @jax.jit
+    def dropout_key(data: jax.Array) -> jax.Array:
+        """A key that draws no views, of a generator whose bits cost little."""
+        return jax.random.fold_in(jax.random.wrap_key_data(jnp.tile(data, 2), impl="rbg"), 1)
+
     def step(state: dict[str, Any], batch: Batch) -> tuple[dict[str, Any], float, float]:
         params = state["params"]
         inputs, labels = devices.spread((batch.inputs, batch.labels), mesh)
-        jax.block_until_ready((inputs, labels))
+        options = {"dropout": dropout_key(batch.key)} if dropout else {}
+        jax.block_until_ready((inputs, labels, options))
 
         start = time.perf_counter()
-        value, grads = gradients(params, inputs, labels)
+        value, grads = gradients(params, inputs, labels, **options)
         loss, aux = value if has_aux else (value, {})
         trained, frozen = value_and_grad.partition(params)
         trained, optimizer_state = update(trained, state["optimizer"], grads)

@@ -13,7 +13,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from lance_jax import devices, train
+from lance_jax import continual_train, devices, train
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "digits.py"
 
@@ -36,7 +36,8 @@ def main(argv: Sequence[str]) -> None:
         _stop(f"get_config() of {file} gives a {type(config).__name__}, and no ConfigDict")
     try:
         workdir = _WORKDIR.value or f"workdir/{Path(file).stem}"
-        train.compare(config, Path(workdir).expanduser())
+        compare = continual_train.compare if "tasks" in config else train.compare
+        compare(config, Path(workdir).expanduser())
     except (ValueError, OSError, FloatingPointError) as error:
         _stop(error)
     except KeyboardInterrupt:

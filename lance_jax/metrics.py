@@ -105,3 +105,30 @@ def show_table(results: Sequence[dict[str, Any]]) -> None:
             "-" if median is None else f"{1e3 * median:.1f}",
         )
     Console().print(table)
+
+
+def show_continual_table(results: Sequence[dict[str, Any]]) -> None:
+    """Prints the comparison of finished runs of continual learning, one a line."""
+    config = results[0]["config"]
+    table = Table(
+        title=f"{config['datasets']}, {config['tasks']} tasks, batches of {config['batch_size']}",
+        caption="ACC: mean accuracy at the end; BWT: what later tasks did to earlier ones; kept: "
+        "from the forward to the backward pass; held: bases, projectors and replay while training",
+    )
+    table.add_column("method")
+    for name in ("ACC", "BWT", "kept, kB", "held, kB", "stored, kB"):
+        table.add_column(name, justify="right")
+    for result in results:
+        memory = result["memory"]
+        kept = memory["ram"]["kept"]
+        held = sum(memory["ram"].values()) - kept
+        bwt = result["bwt"]
+        table.add_row(
+            result["method"],
+            f"{result['acc']:.1%}",
+            "-" if bwt is None else f"{100 * bwt:+.1f}",
+            f"{kept / 1e3:,.1f}",
+            f"{held / 1e3:,.1f}",
+            f"{sum(memory['storage'].values()) / 1e3:,.1f}",
+        )
+    Console().print(table)

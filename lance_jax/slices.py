@@ -58,6 +58,29 @@ class Slices(FrozenMapping, Mapping[str, tuple[Any, ...]]):
         """Bytes of all bases."""
         return sum(b.nbytes for bases in self.values() for b in bases if b is not None)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Nested dicts of the arrays alone, as they are stored: path -> bases and energies by task.
+
+        A task that needed nothing has no entry under "bases".
+        """
+        return {
+            path: {
+                "bases": {str(t): basis for t, basis in enumerate(bases) if basis is not None},
+                "energies": {str(t): one for t, one in enumerate(self.energies[path])},
+            }
+            for path, bases in self.items()
+        }
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> "Slices":
+        """The inverse of `as_dict`."""
+        bases, energies = {}, {}
+        for path, of in stored.items():
+            tasks = range(len(of["energies"]))
+            bases[path] = tuple(of["bases"].get(str(t)) for t in tasks)
+            energies[path] = tuple(of["energies"][str(t)] for t in tasks)
+        return cls(bases, energies)
+
     def __repr__(self) -> str:
         rows = [("path", "D", "protected", "free", "by task")]
         for path, bases in self.items():

@@ -17,7 +17,7 @@ import lance_jax
 from lance_jax import devices, metrics
 from lance_jax.config import Config, check, names, needs_whole_batch
 from lance_jax.loader import Loader, read_ahead
-from lance_jax.loop import Fitted, fit, for_device, loss_of
+from lance_jax.loop import Examples, Fitted, fit, for_device, loss_of
 from lance_jax.memory import Report, SavedBytes
 from lance_jax.models import weights
 from lance_jax.models.network import as_variables
@@ -180,17 +180,24 @@ def saved_bytes(
 
 def accuracy(problem: Problem, params: Any, batch_size: int) -> float:
     """Share of the evaluation examples, unmirrored, that the network classifies rightly."""
-    labels = problem.evaluation.labels
     logits = for_device(problem.apply_fn)
     predict = jax.jit(lambda params, inputs: jnp.argmax(logits(params, inputs), axis=-1))
+    mesh = devices.mesh_for(batch_size)
+    params = devices.replicate(params, mesh)
+    return share_right(
+        lambda batch: predict(params, devices.spread(batch, mesh)), problem.evaluation, batch_size
+    )
+
+
+def share_right(predict: Callable[[Any], jax.Array], examples: Examples, batch_size: int) -> float:
+    """Share of the examples whose label is what `predict` gives of a batch of their inputs."""
+    labels = examples.labels
     n, right = len(labels), 0
     # a full last batch: no second compile
     batches = [np.arange(start, start + batch_size) % n for start in range(0, n, batch_size)]
-    inputs = read_ahead(problem.evaluation.read, batches)
-    mesh = devices.mesh_for(batch_size)
-    params = devices.replicate(params, mesh)
+    inputs = read_ahead(examples.read, batches)
     for start, indices, batch in zip(range(0, n, batch_size), batches, inputs, strict=True):
-        predicted = np.asarray(predict(params, devices.spread(batch, mesh)))
+        predicted = np.asarray(predict(batch))
         right += int((predicted == labels[indices])[: n - start].sum())
     return right / n
 

@@ -68,14 +68,15 @@ def as_variables(params: Any) -> Any:
     return {"params": {k: v for k, v in params.items() if k != "batch_stats"}, **statistics}
 
 
-def apply_fn(network: Network) -> Callable[[Any, Any], Any]:
+def apply_fn(network: Network) -> Callable[..., Any]:
     """outputs = f(params, inputs), for params as `as_params` gives them.
 
-    Where `network` trains its statistics: (outputs, {"batch_stats": the new ones}).
+    Where `network` trains its statistics: (outputs, {"batch_stats": the new ones}). Keys of random
+    numbers are given by keyword: `dropout=key`.
     """
     mutable = ["batch_stats"] if network.batch_stats == "trained" else False
 
-    def apply(params: Any, inputs: Any) -> Any:
-        return network.apply(as_variables(params), inputs, mutable=mutable)
+    def apply(params: Any, inputs: Any, **rngs: Any) -> Any:
+        return network.apply(as_variables(params), inputs, rngs=rngs, mutable=mutable)
 
     return apply

@@ -48,12 +48,15 @@ class ResNet(Network, kw_only=True):
         Saha et al., 2021, arXiv:2103.09762): a 3x3 stem without max-pool on pictures as they are,
         and a head without bias on 2x2 averages in the order channel, height, width. There are no
         published weights; the names are those of the large form.
+      stem_stride: of the small form's stem; 2 in the literature for pictures of 84x84 (TRGP, Lin et
+        al., 2022, arXiv:2202.02931).
     """
 
     resolution: int = 224
     stages: tuple[int, ...] = (2, 2, 2, 2)
     width: int = 64
     small: bool = False
+    stem_stride: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -65,7 +68,8 @@ class ResNet(Network, kw_only=True):
         if self.classes is None:
             return x
         if self.small:
-            x = einops.reduce(x, "n (h a) (w b) c -> n (c h w)", "mean", a=2, b=2)
+            even = [slice(size // 2 * 2) for size in x.shape[1:3]]  # an odd last line is left out
+            x = einops.reduce(x[:, *even], "n (h a) (w b) c -> n (c h w)", "mean", a=2, b=2)
         else:
             x = einops.reduce(x, "n h w c -> n c", "mean")
         return nn.Dense(self.classes, use_bias=not self.small, name="head")(x)
@@ -73,7 +77,7 @@ class ResNet(Network, kw_only=True):
     def _stem(self, x: jax.Array) -> jax.Array:
         if not self.small:
             x = imagenet_normalized(x)
-        kernel, stride = (3, 1) if self.small else (7, 2)
+        kernel, stride = (3, self.stem_stride) if self.small else (7, 2)
         x = conv(self.width, kernel, stride, name="stem")(x)
         x = jax.nn.relu(batch_norm(self.batch_stats, "stem_norm")(x))
         if self.small:

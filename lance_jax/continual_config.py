@@ -1,0 +1,119 @@
+"""The settings of a run of continual learning, with their defaults, and what they must be."""
+
+from pathlib import Path
+
+import ml_collections
+
+from lance_jax import config as settings
+from lance_jax.config import Config
+
+METHODS = (
+    ("finetune", "joint", "gpm", "gpm_int4", "sgp", "lance", "lance_scaled", "lance_authors")
+    + ("ewc", "er", "lora_per_task", "lora_shared", "lora_dynamic")
+)  # fmt: skip
+MODELS = ("alexnet", "resnet18_narrow", "digits")
+BATCH_NORM = ("task", "batch", "frozen")
+
+
+def continual() -> ml_collections.ConfigDict:
+    """All fields: tasks that come one after another, and a network that begins untrained."""
+    config = ml_collections.ConfigDict()
+    config.method = "lance"  # one or more of METHODS
+    config.seed = 0
+
+    # The tasks: `tasks` times `task_classes` classes of one data set, or several data sets of
+    # `task_classes` classes each, a task each.
+    config.datasets = ""  # "digits", "folder", or names of TensorFlow Datasets
+    config.data_dir = settings.DATA_DIR
+    config.folder = ""  # of class folders, for "folder"
+    config.test_fraction = 0.2  # of it, drawn by the seed, where it has no train/ and test/
+    config.unreadable = "error"  # or "skip": files that are no pictures inside are left out
+    config.tasks = 10
+    config.task_classes = 10
+    config.class_seed = -1  # shuffles the classes of one data set; -1: as they are numbered
+    config.eval_split = "test"  # or "validation", held out of the training pictures
+    config.validation_fraction = 0.2
+
+    # The network: one head of task_classes outputs for each task.
+    config.model = "alexnet"
+    config.width = 64  # channels of the first layer; the others go with it
+    config.resolution = 32  # height and width of the pictures in pixels
+    # What batch norm uses in evaluation. "task": the running averages of the task's own training,
+    # stored for each task; "batch": the statistics of the test batch itself, as in the published
+    # experiments. It hides what a user sees who classifies one picture at a time, and most of what
+    # is forgotten: see docs/results.md. "frozen": the running averages of the first task, which
+    # later tasks train with, too.
+    config.bn_eval = "task"
+    config.test_batch = 64
+
+    # Training: SGD, a cosine schedule for each task.
+    config.epochs = 10
+    config.batch_size = 64
+    config.learning_rate = ml_collections.ConfigDict(dict.fromkeys(METHODS, 0.1))
+    config.momentum = 0.0
+    config.clip = 10.0  # global norm of the gradient
+
+    # Projection: what is protected after task t (from 0) is `threshold` + t * `threshold_step` of
+    # the energy of each layer's input over its training pictures.
+    config.threshold = 0.97
+    config.threshold_step = 0.003
+    config.scale = 10.0  # alpha of sgp and lance_scaled
+    # LANCE: the share of the residual's energy that a task may use; what is kept of the inputs.
+    config.energy = 0.98
+    config.core_dtype = "int4"  # "bfloat16", "int8", or "" for the activation's own
+    # The rivals' own.
+    config.ewc_strength = 5000.0
+    config.er_pictures = 100  # kept of each task, in 8 bits a value
+    config.lora_rank = 8
+    config.lora_energy = 0.9  # of the weight's change in one epoch, for the rank of lora_dynamic
+
+    # A line of metrics every `log_every` steps and at an epoch's end: a window.
+    config.log_every = 10
+    config.checkpoint_every = 10  # windows
+    return config
+
+
+def check(config: Config, workdir: str | Path) -> None:
+    """ValueError for a setting or a working directory that cannot be; reads no data."""
+    settings.check_fields(config, continual)
+    methods = settings.check_methods(config, METHODS)
+    settings.check_choices("model", [config.model], MODELS)
+    settings.check_choices("bn_eval", [config.bn_eval], BATCH_NORM)
+    settings.check_choices("eval_split", [config.eval_split], settings.EVAL_SPLITS)
+    settings.check_choices("unreadable", [config.unreadable], settings.UNREADABLE)
+    settings.check_choices("core_dtype", [config.core_dtype], settings.KEPT_AS)
+    sets = settings.names(config.datasets)
+    if not sets:
+        raise ValueError("config.datasets is empty; name the data set, or several")
+    if len(set(sets)) < len(sets):
+        raise ValueError(f"config.datasets is {config.datasets!r}, which names one of them twice")
+    if len(sets) > 1 and config.tasks != len(sets):
+        raise ValueError(
+            f"config.tasks is {config.tasks}; each of several data sets is a task, so it must be "
+            f"{len(sets)}"
+        )
+    if (config.model == "digits") != (sets == ("digits",)):
+        raise ValueError(
+            f"config.model is {config.model!r} and config.datasets is {config.datasets!r}; the "
+            "digits have a network of their own, and it takes no other pictures"
+        )
+    counts = ("epochs", "batch_size", "test_batch", "log_every", "checkpoint_every")
+    counts += ("tasks", "width", "resolution", "er_pictures", "lora_rank")
+    least = dict.fromkeys(counts, 1) | {"task_classes": 2, "class_seed": -1}
+    settings.check_least(config, least)
+    smallest = {"alexnet": 26, "resnet18_narrow": 16}.get(config.model, 1)
+    if config.resolution < smallest:
+        raise ValueError(
+            f"config.resolution is {config.resolution}; {config.model} needs at least {smallest}"
+        )
+    for field in ("test_fraction", "validation_fraction"):
+        settings.check_share(config, field)
+    for field in ("threshold", "lora_energy"):
+        settings.check_energy(config, field)
+    if not config.threshold_step >= 0:
+        raise ValueError(
+            f"config.threshold_step is {config.threshold_step}; it must not be below 0"
+        )
+    rates = [f"learning_rate.{method}" for method in methods]
+    settings.check_positive(config, ["clip", "scale", "ewc_strength", *rates])
+    settings.check_common(config, workdir)
