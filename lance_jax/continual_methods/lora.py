@@ -91,7 +91,7 @@ def _by_change(setting: Setting) -> dict[str, int]:
     for path in setting.layers:
         change = _matrix(after, path) - _matrix(setting.params, path)
         values = np.linalg.svd(np.asarray(change, np.float64), compute_uv=False) ** 2
-        ranks[path] = max(hosvd.rank(values, setting.config.lora_energy), 1)
+        ranks[path] = hosvd.rank(values, setting.config.lora_energy) if values.any() else 1
     return ranks
 
 
