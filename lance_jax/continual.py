@@ -201,7 +201,7 @@ def _energies(sums: np.ndarray, basis: np.ndarray) -> np.ndarray:
 
 def _importance(energies: tuple[np.ndarray, ...], k: int, scale: float) -> np.ndarray:
     """(..., k) in [0, 1]: of the directions of all tasks, the sum of their importance for each."""
-    total = np.zeros((*energies[0].shape[:-1], k))
+    total = np.zeros((*energies[-1].shape[:-1], k))
     for one in energies:
         s = np.sqrt(np.asarray(one, np.float64))
         total[..., : s.shape[-1]] += (scale + 1) * s / (scale * s + 1)

@@ -61,24 +61,26 @@ class Slices(FrozenMapping, Mapping[str, tuple[Any, ...]]):
     def as_dict(self) -> dict[str, Any]:
         """Nested dicts of the arrays alone, as they are stored: path -> bases and energies by task.
 
-        A task that needed nothing has no entry under "bases".
+        What is None or empty has no entry: a checkpoint cannot hold it.
         """
-        return {
-            path: {
+        stored = {}
+        for path, bases in self.items():
+            energies = enumerate(self.energies[path])
+            stored[path] = {
                 "bases": {str(t): basis for t, basis in enumerate(bases) if basis is not None},
-                "energies": {str(t): one for t, one in enumerate(self.energies[path])},
+                "energies": {str(t): one for t, one in energies if one.size},
             }
-            for path, bases in self.items()
-        }
+        return stored
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "Slices":
         """The inverse of `as_dict`."""
         bases, energies = {}, {}
+        last = max((int(t) for of in stored.values() for t in of["energies"]), default=-1)
         for path, of in stored.items():
-            tasks = range(len(of["energies"]))
-            bases[path] = tuple(of["bases"].get(str(t)) for t in tasks)
-            energies[path] = tuple(of["energies"][str(t)] for t in tasks)
+            tasks = [str(t) for t in range(last + 1)]
+            bases[path] = tuple(of["bases"].get(t) for t in tasks)
+            energies[path] = tuple(of["energies"].get(t, np.zeros(0, np.float32)) for t in tasks)
         return cls(bases, energies)
 
     def __repr__(self) -> str:

@@ -74,6 +74,21 @@ def test_everything_comes_back(tmp_path, factors):
         assert list(found.factors[path].bases) == list(layer.bases)
 
 
+def test_memory_comes_back_in_its_own_shapes(tmp_path):
+    memory = {
+        "method": {"a/kernel": {"bases": {"0": np.ones((9, 2), np.float32)}, "none": {}}},
+        "pictures": np.arange(6, dtype=np.uint8).reshape(2, 3),
+    }
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(Checkpoint(1, state(), Factors(), {}, memory))
+        found = checkpoints.latest(state())
+    assert found is not None
+    assert jax.tree.structure(found.memory) == jax.tree.structure(memory)
+    for a, b in zip(jax.tree.leaves(found.memory), jax.tree.leaves(memory), strict=True):
+        assert isinstance(a, np.ndarray) and a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
 def test_the_newest_counts_and_two_are_kept(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         for step in range(4):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 import pytest
 from samples import pictures
 
@@ -53,11 +54,11 @@ def calibrate():
 
 def fit(
     directory, data=None, calibrate=calibrate, trainable=None, rate=0.1, epochs=3, micro_batch=4,
-    **settings,
+    apply=apply_fn, criterion=loop.cross_entropy, transform=None, dropout=False, **settings,
 ):  # fmt: skip
     config = ml_collections.ConfigDict({**SETTINGS, **settings})
     return loop.fit(
-        apply_fn,
+        apply,
         initial(),
         examples() if data is None else data,
         config,
@@ -68,6 +69,9 @@ def fit(
         calibrate=calibrate,
         directory=directory,
         micro_batch=micro_batch,
+        criterion=criterion,
+        transform=transform,
+        dropout=dropout,
     )
 
 
@@ -108,6 +112,62 @@ def test_plain_training_is_sgd_with_clipping_momentum_and_a_cosine(tmp_path, exa
         rate = 0.1 * 0.5 * (1 + np.cos(np.pi * step / 2))
         params = jax.tree.map(lambda p, v, r=rate: p - r * v, params, velocity)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), found.params, params)
+
+
+def test_a_criterion_of_one_s_own(tmp_path):
+    def squares(logits, labels):
+        return jnp.mean((logits - jax.nn.one_hot(labels, 3)) ** 2)
+
+    x, y = examples().inputs[0, :4], examples().labels[:4]
+    value = loop.loss_of(apply_fn, criterion=squares)(initial(), x, y)
+    assert value == squares(apply_fn(initial(), x), y)
+    found = fit(tmp_path, calibrate=None, criterion=squares)
+    assert lines(tmp_path)[0]["loss"] > 2 * found.loss
+
+
+def test_a_transform_comes_before_clipping(tmp_path):
+    """Gradients that are made a thousand times greater are clipped to the same norm."""
+    scale = 1000.0
+    times = optax.stateless(lambda updates, _: jax.tree.map(lambda g: g * scale, updates))
+    plain = fit(tmp_path / "plain", calibrate=None, clip=1e-3)
+    found = fit(tmp_path / "scaled", calibrate=None, clip=1e-3, transform=times)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+        found,
+        plain._replace(
+            loss=found.loss,
+            step_seconds=found.step_seconds,
+            calibration_seconds=found.calibration_seconds,
+        ),
+    )
+
+
+def test_dropout_has_a_new_key_each_step_and_the_same_after_a_stop(tmp_path, monkeypatch):
+    seen = []
+
+    def dropping(params, x, dropout):
+        jax.debug.callback(lambda key: seen.append(bytes(key)), jax.random.key_data(dropout))
+        keep = jax.random.bernoulli(dropout, 0.5, (len(x), 8))
+        hidden = jax.nn.relu(x @ params["body"]["kernel"] + params["body"]["bias"])
+        return jnp.where(keep, hidden * 2, 0) @ params["head"]["kernel"]
+
+    options = {"calibrate": None, "dropout": True, "micro_batch": None, "apply": dropping}
+    whole = fit(tmp_path / "whole", **options)
+    assert len(set(seen)) == 15  # steps
+    with monkeypatch.context() as context:
+        context.setattr(loop.metrics.Metrics, "append", stopping(loop.metrics.Metrics.append, 9))
+        with pytest.raises(KeyboardInterrupt):
+            fit(tmp_path / "stopped", **options)
+    assert_equal(fit(tmp_path / "stopped", **options).params, whole.params)
+
+
+def stopping(append, step):
+    def stopped(log, line):
+        append(log, line)
+        if line["step"] == step:
+            raise KeyboardInterrupt
+
+    return stopped
 
 
 def test_windows_end_with_their_epoch(tmp_path):

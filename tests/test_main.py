@@ -79,9 +79,19 @@ def lines(path):
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def kill_when(workdir, file, count):
+TASKS = [
+    "--config=configs/split_digits.py",
+    "--config.method=lance",
+    "--config.tasks=2",
+    "--config.epochs=2",
+    "--config.log_every=2",
+    "--config.checkpoint_every=1",
+]
+
+
+def kill_when(workdir, file, count, arguments=SMALL):
     """Runs until `file` under `workdir` has `count` lines, then kills the process."""
-    process = start("--workdir", workdir, *SMALL)
+    process = start("--workdir", workdir, *arguments)
     while process.poll() is None and lines(workdir / file) < count:
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
@@ -90,13 +100,16 @@ def kill_when(workdir, file, count):
 
 
 def without_times(record):
-    times = ("step_seconds", "calibration_seconds")
-    return {name: value for name, value in record.items() if name not in times}
+    if isinstance(record, list):
+        return [without_times(part) for part in record]
+    if isinstance(record, dict):
+        return {k: without_times(v) for k, v in record.items() if not k.endswith("_seconds")}
+    return record
 
 
-def outcome(workdir):
+def outcome(workdir, directories=("pretrain", "lance")):
     found = {}
-    for directory in ("pretrain", "lance"):
+    for directory in directories:
         log = (workdir / directory / "metrics.jsonl").read_text().splitlines()
         found[directory] = [without_times(json.loads(line)) for line in log]
     return found, without_times(json.loads((workdir / "lance" / "result.json").read_text()))
@@ -113,3 +126,18 @@ def test_killed_runs_end_with_the_same_numbers(tmp_path):
     code, out, err = run("--workdir", workdir, *SMALL)
     assert code == 0, err
     assert outcome(workdir) == outcome(tmp_path / "whole")
+
+
+def test_killed_inside_a_task_it_goes_on_there(tmp_path):
+    code, out, err = run("--workdir", tmp_path / "whole", *TASKS)
+    assert code == 0, err
+    assert "lance: 2 of 2 learnt" in out
+
+    workdir = tmp_path / "killed"
+    kill_when(workdir, "lance/task_0/metrics.jsonl", 2, TASKS)
+    kill_when(workdir, "lance/task_1/metrics.jsonl", 3, TASKS)
+    code, out, err = run("--workdir", workdir, *TASKS)
+    assert code == 0, err
+    assert "1 of 2 learnt" not in out  # a finished task is never trained again
+    tasks = ("lance/task_0", "lance/task_1")
+    assert outcome(workdir, tasks) == outcome(tmp_path / "whole", tasks)

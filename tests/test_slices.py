@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from cases import orthonormal
 
-from lance_jax.slices import RULES, complement
+from lance_jax.slices import RULES, Slices, complement
 
 FOLDER = Path(__file__).parents[1].parent / "shared" / "goldens"
 goldens = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no golden files at {FOLDER}")
@@ -134,3 +135,19 @@ def test_bad_input(arguments, told):
 def test_unknown_rule():
     with pytest.raises(ValueError, match="rule is 'gpm'; it must be one of 'residual', 'total'"):
         complement(GRAM, None, 0.9, rule="gpm")
+
+
+def test_slices_as_nested_dicts_and_back():
+    slices = Slices(
+        {"a/kernel": (np.eye(3)[:, :1], None, np.eye(3)[:, 1:]), "b": (None,) * 3},
+        {"a/kernel": (np.ones(1), np.ones(1), np.arange(3.0)), "b": (np.zeros(0),) * 3},
+    )
+    stored = slices.as_dict()
+    assert set(stored["a/kernel"]["bases"]) == {"0", "2"} and stored["b"] == {
+        "bases": {},
+        "energies": {},
+    }
+    found = Slices.from_dict(stored)
+    assert jax.tree.structure(found) == jax.tree.structure(slices)
+    jax.tree.map(np.testing.assert_array_equal, found, slices)
+    assert found.tasks == 3 and found["a/kernel"][1] is None
