@@ -1,8 +1,10 @@
 """Test accuracy against bytes kept and against time, as SVG, a panel for each network and data."""
 
+import functools
 import hashlib
 import io
 import json
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -80,43 +82,57 @@ def digest(panels: Panels) -> str:
         for cell, points in panels.items()
         for point in points
     ]
+    return digest_of(values)
+
+
+def digest_of(values: Any) -> str:
+    """Of JSON values."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def svg(draw: Callable[[], Figure], digest: str) -> str:
+    """A figure as SVG, the same for the same figure, with the digest in it."""
+    settings: Any = {"svg.hashsalt": "lance_jax", "svg.fonttype": "none", "font.size": 9}
+    with matplotlib.rc_context(settings):
+        file = io.StringIO()
+        metadata = {"Date": None, "Creator": None, "Description": digest}
+        draw().savefig(file, format="svg", metadata=metadata)
+    # The lines end in spaces, which nothing needs.
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
 
 
 def draw(panels: Panels, label: str) -> str:
     """SVG, the same for the same panels."""
+    return svg(functools.partial(_figure, panels, label), digest(panels))
+
+
+def _figure(panels: Panels, label: str) -> Figure:
     rows = -(-len(panels) // COLUMNS)
-    settings: Any = {"svg.hashsalt": "lance_jax", "svg.fonttype": "none", "font.size": 9}
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(COLUMNS * WIDTH, rows * HEIGHT + 1.2))
-        axes = figure.subplots(rows, COLUMNS, squeeze=False)
-        handles = {}
-        for axis, (cell, points) in zip(axes.flat, panels.items(), strict=False):
-            for point in points:
-                handles[point.entry] = _draw_point(axis, point)
-            axis.set(xscale="log", xlabel=label, title=grid.cell_name(cell))
-            axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-            axis.xaxis.set_major_formatter("{x:g}")
-            axis.xaxis.set_minor_formatter(ticker.NullFormatter())
-            axis.grid(alpha=0.3)
-        for axis in axes.flat[len(panels) :]:
-            axis.remove()
-        for row in axes:
-            row[0].set_ylabel("test accuracy, %")
-        ordered = grid.in_order(handles)
-        figure.legend(
-            [handles[e] for e in ordered],
-            [e.name.replace("`", "") for e in ordered],
-            loc="lower center",
-            ncols=3,
-            frameon=False,
-        )
-        figure.tight_layout(rect=(0, 1.2 / (rows * HEIGHT + 1.2), 1, 1))
-        file = io.StringIO()
-        metadata = {"Date": None, "Creator": None, "Description": digest(panels)}
-        figure.savefig(file, format="svg", metadata=metadata)
-    # The lines end in spaces, which nothing needs.
-    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
+    figure = Figure(figsize=(COLUMNS * WIDTH, rows * HEIGHT + 1.2))
+    axes = figure.subplots(rows, COLUMNS, squeeze=False)
+    handles = {}
+    for axis, (cell, points) in zip(axes.flat, panels.items(), strict=False):
+        for point in points:
+            handles[point.entry] = _draw_point(axis, point)
+        axis.set(xscale="log", xlabel=label, title=grid.cell_name(cell))
+        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for row in axes:
+        row[0].set_ylabel("test accuracy, %")
+    ordered = grid.in_order(handles)
+    figure.legend(
+        [handles[e] for e in ordered],
+        [e.name.replace("`", "") for e in ordered],
+        loc="lower center",
+        ncols=3,
+        frameon=False,
+    )
+    figure.tight_layout(rect=(0, 1.2 / (rows * HEIGHT + 1.2), 1, 1))
+    return figure
 
 
 def _draw_point(axis, point: Point):

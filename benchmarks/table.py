@@ -6,6 +6,7 @@ nothing and fails if a page or a plot is not up to date.
 """
 
 import argparse
+import functools
 import re
 import sys
 from collections import defaultdict
@@ -13,11 +14,21 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import accuracy_tables, grid, markdown, plots, records, targets, time_tables
+from benchmarks import (
+    accuracy_tables,
+    continual_plots,
+    continual_tables,
+    grid,
+    markdown,
+    plots,
+    records,
+    targets,
+    time_tables,
+)
 from benchmarks.grid import Cell, Entry
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/results.md")
+PAGES = ("README.md", "docs/results.md", "docs/continual.md")
 BYTES_PLOT, SECONDS_PLOT = "docs/accuracy-bytes.svg", "docs/accuracy-seconds.svg"
 AXES = {BYTES_PLOT: "kept for one batch, kB", SECONDS_PLOT: "time of a gradient step, ms"}
 
@@ -30,9 +41,9 @@ def main() -> None:
     new = fill(texts, blocks(records.RESULTS))
     if check:
         wrong = [page for page in PAGES if new[page] != texts[page]]
-        for path, panels in drawings(records.RESULTS).items():
+        for path, (digest, _) in pictures(records.RESULTS).items():
             plot = ROOT / path
-            if not plot.exists() or plots.digest(panels) not in plot.read_text():
+            if not plot.exists() or digest not in plot.read_text():
                 wrong.append(path)
         if wrong:
             sys.exit(
@@ -41,8 +52,8 @@ def main() -> None:
         return
     for page, text in new.items():
         (ROOT / page).write_text(text)
-    for path, panels in drawings(records.RESULTS).items():
-        (ROOT / path).write_text(plots.draw(panels, AXES[path]))
+    for path, (_, draw) in pictures(records.RESULTS).items():
+        (ROOT / path).write_text(draw())
 
 
 def fill(texts: dict[str, str], contents: dict[str, str]) -> dict[str, str]:
@@ -80,6 +91,7 @@ def blocks(results: Path) -> dict[str, str]:
     )
     milliseconds = {key: 1000 * row["seconds"] for key, row in steps.items()}
     cpu = grid.newest(records.read(results / "cpu.jsonl"), "network", "kind", "batch_size")
+    learnt = continual_tables.read(results / "continual.jsonl")
     return {
         "sentence": accuracy_tables.sentence(measured),
         "main": accuracy_tables.main_table(measured, counted),
@@ -91,6 +103,14 @@ def blocks(results: Path) -> dict[str, str]:
         "step_time": time_tables.step_table(steps),
         "decomposition": time_tables.decomposition_table(decompositions),
         "cpu": time_tables.cpu_tables(cpu),
+        "continual_summary": continual_tables.summary(learnt),
+        "continual_targets": continual_tables.targets(learnt),
+        "continual": continual_tables.tables(learnt),
+        "continual_plots": "\n\n".join(
+            f"![{continual_plots.ALT[path]}]({path})"
+            for path in continual_plots.drawings(learnt.get("cifar100", {}))
+        )
+        or markdown.NOTHING,
     }
 
 
@@ -111,6 +131,16 @@ def drawings(results: Path) -> dict[str, plots.Panels]:
         SECONDS_PLOT: plots.against_seconds(measured, seconds),
     }
     return {path: panels for path, panels in found.items() if panels}
+
+
+def pictures(results: Path) -> dict[str, continual_plots.Drawing]:
+    """All plots by path: a digest of what each shows, and its drawing."""
+    found = {
+        path: (plots.digest(panels), functools.partial(plots.draw, panels, AXES[path]))
+        for path, panels in drawings(results).items()
+    }
+    learnt = continual_tables.read(results / "continual.jsonl")
+    return found | continual_plots.drawings(learnt.get("cifar100", {}))
 
 
 def plot_links(results: Path) -> str:

@@ -34,6 +34,7 @@ from lance_jax.models.resnet import ResNet
 from lance_jax.norm_statistics import norm_statistics
 from lance_jax.paths import leaves_with_path
 from lance_jax.pictures import Pictures
+from lance_jax.slices import Slices
 from lance_jax.train import device, share_right, versions
 
 ALL_BUT_STATISTICS = ["^(?!batch_stats/)"]
@@ -294,16 +295,15 @@ class Learner:
             },
         }
         if "slices" in memory["method"]:
-            told["free_dimensions"] = self._free(memory["method"]["slices"])
+            kernels = dict(leaves_with_path(self.course.params))
+            sizes = {path: math.prod(kernels[path].shape[:-1]) for path in self.course.layers}
+            told["dimensions"] = sizes  # of the input's patches or features, layer by layer
+            slices = Slices.from_dict(memory["method"]["slices"])
+            told["free_dimensions"] = {
+                path: size - sum(basis.shape[-1] for basis in slices[path] if basis is not None)
+                for path, size in sizes.items()
+            }
         return told
-
-    def _free(self, slices: Memory) -> dict[str, int]:
-        """Directions of each layer's input that no task needs so far."""
-        free, kernels = {}, dict(leaves_with_path(self.course.params))
-        for path in self.course.layers:
-            protected = sum(basis.shape[-1] for basis in slices[path]["bases"].values())
-            free[path] = math.prod(kernels[path].shape[:-1]) - protected
-        return free
 
     def _kept(self, task: int, plan: Plan, fitted: Fitted) -> dict[str, int]:
         """Bytes kept for the backward pass of one batch, beside plain backprop's; the factors'."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from benchmarks import plots, records, table
+from benchmarks import records, table
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -28,8 +28,8 @@ def test_example_runs():
 def test_figures_are_up_to_date():
     texts = {page: (ROOT / page).read_text() for page in table.PAGES}
     assert table.fill(texts, table.blocks(records.RESULTS)) == texts
-    for path, panels in table.drawings(records.RESULTS).items():
-        assert plots.digest(panels) in (ROOT / path).read_text(), f"{path} shows other results"
+    for path, (digest, _) in table.pictures(records.RESULTS).items():
+        assert digest in (ROOT / path).read_text(), f"{path} shows other results"
 
 
 def test_versions_are_those_of_pyproject():
