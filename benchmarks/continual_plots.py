@@ -1,7 +1,7 @@
 """Plots of continual learning, as SVG: accuracy matrices, accuracy over time, free dimensions."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ def drawings(found: dict[str, Results]) -> dict[str, Drawing]:
     if not shown:
         return {}
     matrices = {method: matrix(found[method]) for method in shown}
-    made = {
+    made: dict[str, tuple[Mapping[str, Any], Callable[[], Figure]]] = {
         MATRICES: (matrices, functools.partial(_draw_matrices, matrices)),
         OVER_TIME: (matrices, functools.partial(_draw_over_time, matrices)),
     }
@@ -55,7 +55,7 @@ def free_dimensions(results: Results) -> dict[str, list[float]]:
     return shares
 
 
-def _drawing(path: str, values: dict[str, Any], draw: Callable[[], Figure]) -> Drawing:
+def _drawing(path: str, values: Mapping[str, Any], draw: Callable[[], Figure]) -> Drawing:
     digest = plots.digest_of([path, [[k, np.round(v, 6).tolist()] for k, v in values.items()]])
     return digest, lambda: plots.svg(draw, digest)
 
