@@ -310,7 +310,8 @@ class Learner:
         network = self._train_network(task)
         has_aux = network.batch_stats == "trained"
         rngs = {"dropout": jax.random.key(0, impl="rbg")} if isinstance(network, AlexNet) else {}
-        loss = loss_of(plan.wrap(apply_fn(network)), has_aux, criterion(self._classes))
+        apply = for_device(plan.wrap(apply_fn(network)))
+        loss = loss_of(apply, has_aux, criterion(self._classes))
         n = self.config.batch_size
         batch = (
             jax.ShapeDtypeStruct((n, *network.picture), jnp.float32),

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lance_jax.models.layers import MOMENTUM
+from lance_jax.models.batch_norm import MOMENTUM
 
 
 def norm_statistics(apply_fn: Callable[..., Any], params: Any, batches: Iterable[Any]) -> Any:

@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-MOMENTUM = 0.9  # of batch norm's running averages: torch's 0.1
+from lance_jax.models.batch_norm import BatchNorm
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pixels in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -35,15 +36,9 @@ def conv(
     )
 
 
-def batch_norm(batch_stats: str, name: str, epsilon: float = 1e-5) -> nn.BatchNorm:
+def batch_norm(batch_stats: str, name: str, epsilon: float = 1e-5) -> BatchNorm:
     """Batch norm; `batch_stats` is that of `Network`."""
-    return nn.BatchNorm(
-        use_running_average=batch_stats == "frozen",
-        momentum=MOMENTUM,
-        epsilon=epsilon,
-        use_fast_variance=False,
-        name=name,
-    )
+    return BatchNorm(batch_stats == "frozen", epsilon, name=name)
 
 
 class Block(NamedTuple):

@@ -11,6 +11,7 @@ import einops
 import flax.linen as nn
 import jax
 
+from lance_jax.models.batch_norm import BatchNorm
 from lance_jax.models.layers import batch_norm, conv, imagenet_normalized
 from lance_jax.models.network import Network
 
@@ -27,7 +28,7 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        def norm(name: str) -> nn.BatchNorm:
+        def norm(name: str) -> BatchNorm:
             return batch_norm(self.batch_stats, name)
 
         y = norm("conv1_norm")(conv(self.channels, 3, self.stride, name="conv1")(x))
