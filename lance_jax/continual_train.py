@@ -151,7 +151,6 @@ class Learner:
         whole = Task("all", joined(tasks), tasks[0].test)
         self.stages = [whole] if self.method.joint else tasks
         self.has_norm = "batch_stats" in course.params
-        self._predict = functools.cache(self._predict)
 
     def beginning(self) -> Checkpoint:
         """Before the first task: the accuracies of the untrained network."""
@@ -248,10 +247,11 @@ class Learner:
             own = self.method.params_of(params, memory["method"], task)
             if str(task) in memory["statistics"]:
                 own = {**own, "batch_stats": memory["statistics"][str(task)]}
-            predict = functools.partial(self._predict(), own, task)
+            predict = functools.partial(self._predict, own, task)
             found.append(share_right(predict, test, self.config.test_batch))
         return found
 
+    @functools.cached_property
     def _predict(self) -> Callable[[Any, int, jax.Array], jax.Array]:
         """(params, task, pictures) -> labels that the task's own head gives."""
         # the statistics of a batch of several tasks are not those of a batch of one

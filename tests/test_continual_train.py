@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from samples import encoded
 from settings import settings
 
 from lance_jax import continual_train, forgetting
@@ -209,3 +210,27 @@ def test_a_damaged_checkpoint_is_named(course, tmp_path):
     shutil.rmtree(newest / "arrays")
     with pytest.raises(ValueError, match=f"checkpoint '{newest}' cannot be read"):
         continual_train.run(config, tmp_path, "finetune", shared)
+
+
+def test_a_narrow_residual_network_on_a_folder(tmp_path):
+    folder = tmp_path / "pictures"
+    rng = np.random.default_rng(0)
+    for c in range(4):
+        place = folder / f"class{c}"
+        place.mkdir(parents=True)
+        for i in range(6):
+            pixels = rng.integers(0, 256, (20, 24, 3), np.uint8) // 2 + 30 * c
+            (place / f"{i}.png").write_bytes(encoded(pixels.astype(np.uint8)))
+    config = settings("split_miniimagenet")
+    config.update(
+        {
+            "folder": str(folder), "tasks": 2, "task_classes": 2, "batch_size": 4, "width": 2,
+            "resolution": 36, "method": "lance",
+        }
+    )  # fmt: skip
+    (found,) = continual_train.compare(config, tmp_path / "run")
+    assert np.shape(found["accuracy_matrix"]) == (2, 2)
+    assert len(found["tasks"][1]["update_ranks"]) == 20  # all convolutions
+    # above 32 pixels the stem halves them: 18, 9, 5, 3, and one average of 2x2
+    course = continual_train.prepare(config, tmp_path / "run")
+    assert course.params["head"]["kernel"].shape == (16, 4)

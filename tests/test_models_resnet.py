@@ -6,6 +6,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from lance_jax.models import weights
+from lance_jax.models.network import shapes
+from lance_jax.models.resnet import ResNet
 from tests.pretrained import Reference, imagenet_normalized, pictures, relu
 from tests.tolerances import assert_close
 
@@ -85,3 +87,9 @@ def test_the_published_sizes():
     for name, count in {"resnet18": 11_689_512, "resnet34": 21_797_672}.items():
         shapes = weights.network.shapes(weights.MODELS[name].clone(classes=1000))
         assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == count
+
+
+def test_a_stem_of_stride_2_for_pictures_of_84_pixels():
+    """As published: 1440 features, of 3x3 places (11 pixels by 2, an odd line left out, by 2)."""
+    network = ResNet(small=True, width=20, resolution=84, stem_stride=2, classes=5)
+    assert shapes(network)["params"]["head"]["kernel"].shape == (1440, 5)
