@@ -54,8 +54,8 @@ def base() -> ml_collections.ConfigDict:
     # accuracies on a validation split of CIFAR-100; and what is kept of the inputs.
     config.energy = 0.8
     config.core_dtype = "int4"  # "bfloat16", "int8", or "" for the activation's own
-    # The rivals' own; the strength is the best of 10, 100 and 1000 on a validation split of CIFAR-100.
-    config.ewc_strength = 10.0
+    # The rivals' own.
+    config.ewc_strength = 10.0  # the best of 10, 100 and 1000 on a validation split of CIFAR-100
     config.er_pictures = 100  # kept of each task, in 8 bits a value
     config.lora_rank = 8
     config.lora_energy = 0.9  # of the weight's change in one epoch, for the rank of lora_dynamic
