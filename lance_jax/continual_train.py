@@ -27,6 +27,7 @@ from lance_jax.continual_methods.method import Memory, Method, Plan, Setting, nb
 from lance_jax.continual_tasks import Task, criterion, joined, read_tasks
 from lance_jax.loader import Loader, read_ahead
 from lance_jax.loop import ApplyFn, Fitted, fit, for_device, loss_of
+from lance_jax.memory import Report
 from lance_jax.models.alexnet import AlexNet
 from lance_jax.models.digits import DigitsNet
 from lance_jax.models.network import Network, apply_fn, as_params
@@ -104,7 +105,8 @@ def run(
             now = learner.learn(task, now)
             checkpoints.save(now)
             # what is left of a finished task: its metrics, and the checkpoint just written
-            shutil.rmtree(directory / f"task_{task}" / "checkpoints", ignore_errors=True)
+            for name in (f"task_{task}", f"task_{task}_probe"):
+                shutil.rmtree(directory / name / "checkpoints", ignore_errors=True)
     result = {
         "config": config.to_dict(),
         "method": method,
@@ -147,9 +149,9 @@ class Learner:
         self.config, self.course, self.directory = config, course, directory
         self.name = method
         self.method: Method = METHODS[method]
-        tasks = course.tasks
-        whole = Task("all", joined(tasks), tasks[0].test)
-        self.stages = [whole] if self.method.joint else tasks
+        self.stages = course.tasks
+        if self.method.joint:
+            self.stages = [Task("all", joined(course.tasks), course.tasks[0].test)]
         self.has_norm = "batch_stats" in course.params
 
     def beginning(self) -> Checkpoint:
@@ -308,30 +310,32 @@ class Learner:
     def _kept(self, task: int, plan: Plan, fitted: Fitted) -> dict[str, int]:
         """Bytes kept for the backward pass of one batch, beside plain backprop's; the factors'."""
         network = self._train_network(task)
-        has_aux = network.batch_stats == "trained"
         rngs = {"dropout": jax.random.key(0, impl="rbg")} if isinstance(network, AlexNet) else {}
-        apply = for_device(plan.wrap(apply_fn(network)))
-        loss = loss_of(apply, has_aux, criterion(self._classes))
         n = self.config.batch_size
         batch = (
             jax.ShapeDtypeStruct((n, *network.picture), jnp.float32),
             jax.ShapeDtypeStruct((n,), jnp.int32),
         )
-        report = lance_jax.report(
-            functools.partial(loss, **rngs),
-            fitted.params,
-            *batch,
-            factors=fitted.factors,
-            trainable=plan.trainable or ALL_BUT_STATISTICS,
-        )
-        backprop = report.saved_bytes_backprop
-        saved = backprop if plan.calibrate is None else report.saved_bytes
+
+        def report(apply: ApplyFn, params: Any, **options: Any) -> Report:
+            has_aux = network.batch_stats == "trained"
+            loss = loss_of(for_device(apply), has_aux, criterion(self._classes))
+            return lance_jax.report(functools.partial(loss, **rngs), params, *batch, **options)
+
+        trainable = plan.trainable or ALL_BUT_STATISTICS
+        apply, factors = plan.wrap(apply_fn(network)), fitted.factors
+        own = report(apply, fitted.params, factors=factors, trainable=trainable)
+        # a kernel with an adapter is no parameter, and its layer none that `report` knows
+        layers = [*self.course.layers, "^head/"]
+        plain = report(apply_fn(network), self.course.params, trainable=layers)
+        backprop = plain.saved_bytes_backprop.layer_inputs
+        compressed = plan.calibrate is not None
         return {
-            "layer_inputs": int(saved.layer_inputs),
-            "total": int(saved.total),
-            "layer_inputs_backprop": int(backprop.layer_inputs),
-            "total_backprop": int(backprop.total),
-            "factors": int(report.factor_bytes),
+            "layer_inputs": int(own.saved_bytes.layer_inputs if compressed else backprop),
+            "total": int((own.saved_bytes if compressed else own.saved_bytes_backprop).total),
+            "layer_inputs_backprop": int(backprop),
+            "total_backprop": int(own.saved_bytes_backprop.total),
+            "factors": int(own.factor_bytes),
         }
 
 

@@ -234,3 +234,12 @@ def test_a_narrow_residual_network_on_a_folder(tmp_path):
     # above 32 pixels the stem halves them: 18, 9, 5, 3, and one average of 2x2
     course = continual_train.prepare(config, tmp_path / "run")
     assert course.params["head"]["kernel"].shape == (16, 4)
+
+
+def test_adapters_keep_the_inputs_that_backprop_keeps(course, tmp_path):
+    """Their layers' kernels are computed, so that no count by layers finds them."""
+    (_, first, second), _ = learnt(course, "lora_per_task", tmp_path)
+    plain, adapted = (state.info["tasks"][-1]["kept"] for state in (first, second))
+    assert adapted["layer_inputs"] == plain["layer_inputs"] == plain["layer_inputs_backprop"]
+    assert adapted["total"] > plain["total"]  # and the kernels that they are added to
+    assert second.info["tasks"][-1]["ram"]["adapters"] > 0
