@@ -4,7 +4,8 @@ First the learning rate, doubled and halved from 0.1 until neither neighbour is 
 accuracy over the first two tasks of one seed; the methods that project gradients have that of
 `gpm`. Then the seeds. A finished cell is a line of results/continual.jsonl, and one that was
 stopped goes on inside its task, so the same command goes on where it was stopped. Two processes may
-measure different parts of the grid side by side; each needs one core:
+measure different parts of the grid side by side, but not methods that share a learning rate; each
+needs one core:
 
     taskset -c 0 python -m benchmarks.continual --benchmarks cifar100 --methods gpm lance
     taskset -c 1 python -m benchmarks.continual --benchmarks cifar100 --methods finetune joint

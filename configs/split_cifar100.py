@@ -17,8 +17,9 @@ falling learning rate, and the test batch's own statistics in batch norm (--conf
 
 (Table 1 of CUBER, arXiv 2211.00789; CODE-CL and LANCE as their authors report.) Others measure GPM
 at 71 to 72: differences below a point need runs in one harness, as these methods have it here.
-Settings are those of the code of gradient projection memory (arXiv 2103.09762) but for the learning
-rate, the epochs and the cosine schedule.
+Network, order, batches and threshold are those of the code of gradient projection memory (arXiv
+2103.09762). Not so the learning rate, the epochs and the cosine schedule; pictures from -1 to 1,
+where it standardises them; all of a task's pictures, where it protects by 125; no validation split.
 """
 
 import ml_collections

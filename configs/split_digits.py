@@ -1,6 +1,6 @@
 """Scikit-learn's digits, two at a time: five tasks for a small network that begins untrained.
 
-Offline, a minute on two CPU cores:
+Offline, under two minutes on two CPU cores:
     python -m lance_jax.main --config configs/split_digits.py
 """
 

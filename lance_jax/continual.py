@@ -168,12 +168,10 @@ def _directions(
     check_rule(rule)
     d = sums.shape[-2]
     stack = sums.reshape(-1, *sums.shape[-2:])
-    before = np.zeros((len(stack), d, 0)) if protected is None else protected
-    if before.shape[-2] != d or before.size // (d * max(before.shape[-1], 1)) != len(stack) * bool(
-        before.shape[-1]
-    ):
+    before = np.zeros((*sums.shape[:-2], d, 0)) if protected is None else protected
+    if before.shape[:-1] != (*sums.shape[:-2], d):
         raise ValueError(f"the slices of {path!r} have shape {before.shape}; its input has D = {d}")
-    before = before.reshape(len(stack), d, -1).astype(np.float64)
+    before = before.reshape(len(stack), d, before.shape[-1]).astype(np.float64)
     found = [
         complement_of(one, basis[:, basis.any(0)], energy, rule)
         for one, basis in zip(stack, before, strict=True)

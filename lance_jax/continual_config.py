@@ -33,10 +33,11 @@ def base() -> ml_collections.ConfigDict:
 
     # What batch norm uses in evaluation. "task": the statistics of each task's training pictures,
     # stored for each task; "batch": those of the test batch itself, as in the published
-    # experiments. It hides what becomes of one picture at a time, and most of what is forgotten:
-    # see docs/continual.md. "frozen": those of the first task, which later tasks train with, too.
+    # experiments. It hides what becomes of one picture at a time, and most of what is forgotten (in
+    # a trial 20 points of it: see docs/continual.md). "frozen": those of the first task, which
+    # later tasks train with, too.
     config.bn_eval = "task"
-    config.test_batch = 64
+    config.test_batch = 64  # a last batch is filled up from the beginning
 
     # Training: SGD, a cosine schedule for each task.
     config.epochs = 10
@@ -50,13 +51,13 @@ def base() -> ml_collections.ConfigDict:
     config.threshold = 0.97
     config.threshold_step = 0.003
     config.scale = 10.0  # alpha of sgp and lance_scaled
-    # LANCE: the share of the residual's energy that a task may use, of which 0.5 to 0.98 gave equal
-    # accuracies on a validation split of CIFAR-100; and what is kept of the inputs.
+    # LANCE: the share of the residual's energy that a task may use (docs/continual.md has others),
+    # and what is kept of the inputs.
     config.energy = 0.8
     config.core_dtype = "int4"  # "bfloat16", "int8", or "" for the activation's own
     # The rivals' own.
     config.ewc_strength = 10.0  # the best of 10, 100 and 1000 on a validation split of CIFAR-100
-    config.er_pictures = 100  # kept of each task, in 8 bits a value
+    config.er_pictures = 100  # of each task at most, as many of each class, in 8 bits a value
     config.lora_rank = 8
     config.lora_energy = 0.9  # of the weight's change in one epoch, for the rank of lora_dynamic
 
@@ -109,7 +110,7 @@ def check(config: Config, workdir: str | Path) -> None:
             f"config.tasks is {config.tasks}; each of several data sets is a task, so it must be "
             f"{len(sets)}"
         )
-    if (config.model == "digits") != (sets == ("digits",)):
+    if (config.model == "digits") != (sets == ("digits",)) or ("digits" in sets and len(sets) > 1):
         raise ValueError(
             f"config.model is {config.model!r} and config.datasets is {config.datasets!r}; the "
             "digits have a network of their own, and it takes no other pictures"
@@ -125,9 +126,12 @@ def check(config: Config, workdir: str | Path) -> None:
         settings.check_share(config, "test_fraction")
     for field in ("threshold", "lora_energy"):
         settings.check_energy(config, field)
-    if not config.threshold_step >= 0:
+    if not 0 <= config.threshold_step < 1:
+        raise ValueError(f"config.threshold_step is {config.threshold_step}; it must lie in [0, 1)")
+    if config.er_pictures < config.task_classes and "er" in methods:
         raise ValueError(
-            f"config.threshold_step is {config.threshold_step}; it must not be below 0"
+            f"config.er_pictures is {config.er_pictures}; it must be at least "
+            f"config.task_classes, {config.task_classes}, one of each class"
         )
     rates = [f"learning_rate.{method}" for method in methods]
     settings.check_positive(config, ["clip", "scale", "ewc_strength", *rates])

@@ -91,6 +91,8 @@ def _task(
     if config.eval_split == "validation":
         chosen = data.validation_split(train.labels, config.validation_fraction, config.seed)
         train, test = (train.take(indices) for indices in chosen)
+    # in no order: a test batch is to hold all classes of its task, of whose statistics it may be
+    test = test.take(np.random.default_rng(0).permutation(len(test.labels)))
     first = np.int32(t * config.task_classes)
     return Task(name, *(part._replace(labels=part.labels + first) for part in (train, test)))
 

@@ -101,10 +101,11 @@ def run(
     learner = Learner(config, method, course, directory)
     with Checkpoints(directory / "tasks") as checkpoints:
         now = checkpoints.latest({"params": course.params}) or learner.beginning()
-        for task in range(now.step, len(learner.stages)):
-            now = learner.learn(task, now)
-            checkpoints.save(now)
-            # what is left of a finished task: its metrics, and the checkpoint just written
+        for task in range(len(learner.stages)):
+            if task == now.step:
+                now = learner.learn(task, now)
+                checkpoints.save(now)
+            # what is left of a finished task: its metrics, and the checkpoint of its end
             for name in (f"task_{task}", f"task_{task}_probe"):
                 shutil.rmtree(directory / name / "checkpoints", ignore_errors=True)
     result = {
@@ -168,6 +169,7 @@ class Learner:
             config=self.config,
             task=task,
             apply_fn=apply_fn(train),
+            fixed_fn=apply_fn(self._network("frozen")),
             params=now.state["params"],
             layers=self.course.layers,
             pictures=self.stages[task].train,
@@ -256,9 +258,8 @@ class Learner:
     @functools.cached_property
     def _predict(self) -> Callable[[Any, int, jax.Array], jax.Array]:
         """(params, task, pictures) -> labels that the task's own head gives."""
-        # the statistics of a batch of several tasks are not those of a batch of one
-        statistics = "frozen" if self.method.mixes else self._test_statistics()
-        logits, classes = _logits_alone(apply_fn(self._network(statistics))), self._classes
+        network = self._network(self._test_statistics())
+        logits, classes = _logits_alone(apply_fn(network)), self._classes
 
         @jax.jit
         def predict(params: Any, task: Any, pictures: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ def norm_statistics(apply_fn: Callable[..., Any], params: Any, batches: Iterable
       apply_fn: (params, batch) -> (outputs, {"batch_stats": ...}) of a network that trains its
         statistics, without dropout.
       params: its parameters; the entry "batch_stats" has the statistics' shapes.
-      batches: one at least.
+      batches: one at least, all of one size.
     """
     zeros = jax.tree.map(jnp.zeros_like, params["batch_stats"])
 

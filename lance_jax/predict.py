@@ -75,6 +75,11 @@ def trained_model(workdir: Path, method: str = "") -> tuple[Path, str]:
         return workdir / weights.FILE, ""
     files = {name: workdir / name / weights.FILE for name in METHODS}
     files = {name: path for name, path in files.items() if path.is_file()}
+    if not files and any(workdir.glob("**/tasks/*/_CHECKPOINT_METADATA")):
+        raise ValueError(
+            f"--workdir {str(workdir)!r} is that of continual learning, whose network has a head "
+            "for each task; this command does not know which to use"
+        )
     if not files:
         raise ValueError(
             f"--workdir {str(workdir)!r} holds no trained model (METHOD/{weights.FILE}); it is "

@@ -311,3 +311,20 @@ def test_an_update_that_does_not_fit_its_layer():
     factors = Factors({"a": LayerFactors({}, update=np.eye(26, 3, dtype=np.float32))})
     with pytest.raises(ValueError, match=r"an update of shape \(26, 3\); it must be \(27, r\)"):
         lance_jax.compress(network, factors)(PARAMS, x)
+
+
+def test_slices_stay_orthogonal_over_twenty_tasks():
+    """Also as they are stored and read again between tasks."""
+    params = {"w": random(120, 4, seed=1)}
+    slices = None
+    for t in range(20):
+        x = random(30, 3, seed=10 + t) @ random(3, 120, seed=50 + t)
+        slices = continual.protect(
+            slices, lambda p, x: x @ p["w"], params, [x + 0.05 * random(30, 120, seed=90 + t)],
+            threshold=0.97,
+        )  # fmt: skip
+        slices = continual.Slices.from_dict(slices.as_dict())
+    assert slices.tasks == 20 and all(basis is not None for basis in slices["w"])
+    p = slices.protected("w").astype(np.float64)
+    assert p.shape[1] >= 60
+    assert np.abs(p.T @ p - np.eye(p.shape[1])).max() < 1e-5

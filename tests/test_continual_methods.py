@@ -41,7 +41,16 @@ def setting(task=0, memory=None, params=PARAMS, train=None, **fields):
     seen = examples(task)
     batches = [jnp.asarray(seen.images[i : i + 8]) for i in range(0, 24, 8)]
     return Setting(
-        config, task, apply_fn, params, LAYERS, seen, lambda: iter(batches), memory or {}, train
+        config,
+        task,
+        apply_fn,
+        apply_fn,
+        params,
+        LAYERS,
+        seen,
+        lambda: iter(batches),
+        memory or {},
+        train,
     )
 
 
@@ -65,6 +74,10 @@ def test_plain_training_does_nothing_more(method):
     assert METHODS[method].joint == (method == "joint")
 
 
+def plan_bytes(memory):
+    return METHODS["gpm"].storage(memory)["slices"]
+
+
 # --- projection -----------------------------------------------------------------------------------
 
 
@@ -83,7 +96,7 @@ def test_projected_gradients_are_orthogonal_to_what_is_protected(method):
         given = np.asarray(gradients[name]["kernel"], np.float64)
         left = given - protected @ (protected.T @ given)
         np.testing.assert_allclose(got, left, atol=1e-5)
-    assert plan.ram == {"projectors": slices.nbytes}
+    assert plan.ram == {"projectors": slices.nbytes} == {"projectors": plan_bytes(memory)}
     np.testing.assert_array_equal(found["head"]["kernel"], gradients["head"]["kernel"])
 
 

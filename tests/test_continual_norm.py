@@ -96,6 +96,16 @@ def test_the_test_batch_s_own(course, tmp_path):
     assert states[-1].info["accuracy_matrix"][1][1] == right / 12
 
 
+@pytest.mark.parametrize("bn_eval", ["task", "batch", "frozen"])
+def test_the_importance_of_weights_is_seen_through_the_norms(course, bn_eval, tmp_path):
+    """By a batch's own statistics a picture alone would hide all layers but the last."""
+    config = small(method="ewc", bn_eval=bn_eval, epochs=1)
+    learner = continual_train.Learner(config, "ewc", course, tmp_path)
+    memory = learner.learn(0, learner.beginning()).memory["method"]
+    for path in course.layers:
+        assert memory[path]["importance"].max() > 1e-6, path
+
+
 def test_frozen_after_the_first_task(course, tmp_path):
     (_, first, second), learner = learnt(course, tmp_path, method="gpm", bn_eval="frozen")
     before, after = (state.state["params"]["batch_stats"] for state in (first, second))
@@ -133,3 +143,20 @@ def test_dropout_is_for_training_alone(course, tmp_path):
     network = apply_fn(course.network)
     x = jnp.asarray(TASKS[0].test.images)
     assert np.any(network(params, x, dropout=jax.random.key(0)) != network(params, x))
+
+
+def test_what_a_task_gave_stays_as_it_was(course, tmp_path):
+    """Its own outputs for its own test pictures, through convolutions, norms and dropout."""
+    moved = {}
+    for method in ("finetune", "lance"):
+        (_, first, second), _ = learnt(
+            course, tmp_path / method, method=method, threshold=0.9999, threshold_step=0.0
+        )
+        x, network = jnp.asarray(TASKS[0].test.images), apply_fn(course.network)
+        statistics = second.memory["statistics"]["0"]
+        before, after = (
+            network({**state.state["params"], "batch_stats": statistics}, x)[:, :2]
+            for state in (first, second)
+        )
+        moved[method] = float(jnp.abs(after - before).max() / jnp.abs(before).max())
+    assert moved["lance"] < 0.02 < 0.1 < moved["finetune"]

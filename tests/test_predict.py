@@ -414,3 +414,11 @@ def test_a_finished_run_without_its_model_writes_it(trained):
     assert again.keys() == before.keys()
     assert all(np.array_equal(again[name], before[name]) for name in before)
     assert log.read_text() == lines, "nothing was trained"
+
+
+def test_a_run_of_continual_learning_is_not_for_this_command(tmp_path):
+    end = tmp_path / "lance" / "tasks" / "5"
+    end.mkdir(parents=True)
+    (end / "_CHECKPOINT_METADATA").write_text("{}")
+    with pytest.raises(ValueError, match="is that of continual learning, whose network has a head"):
+        predict.trained_model(tmp_path)

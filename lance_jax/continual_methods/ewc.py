@@ -55,15 +55,16 @@ def _learned(setting: Setting) -> tuple[Any, Memory]:
 
 
 def importance(setting: Setting) -> dict[str, np.ndarray]:
-    """Path -> squared gradient of a sample's loss, mean over the task's training pictures."""
+    """Path -> squared gradient of a sample's loss, mean over the task's training pictures.
+
+    Norms use the statistics of the whole task: those of a batch of one would hide the layers below.
+    """
     loss = criterion(setting.config.task_classes)
     rest = {name: part for name, part in setting.params.items() if name == "batch_stats"}
     weights = {name: part for name, part in setting.params.items() if name != "batch_stats"}
 
     def loss_of_one(weights: Any, picture: jax.Array, label: jax.Array) -> jax.Array:
-        found = setting.apply_fn({**weights, **rest}, picture[None])
-        logits = found[0] if isinstance(found, tuple) else found
-        return loss(logits, label[None])
+        return loss(setting.fixed_fn({**weights, **rest}, picture[None]), label[None])
 
     @jax.jit
     def add(total: Any, pictures: jax.Array, labels: jax.Array) -> Any:
@@ -80,7 +81,7 @@ def importance(setting: Setting) -> dict[str, np.ndarray]:
 
 
 def _examples(setting: Setting) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """One epoch of the task, batch by batch."""
+    """One epoch of the task, batch by batch, but for a last short batch."""
     pictures, config = setting.pictures, setting.config
     order = Loader(len(pictures.labels), config.batch_size, config.seed)
     for indices in itertools.islice(order, order.steps_per_epoch):

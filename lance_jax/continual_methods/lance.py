@@ -10,7 +10,14 @@ import functools
 
 from lance_jax import continual
 from lance_jax.continual_methods.method import Method, Plan, Setting, weights_alone
-from lance_jax.continual_methods.projection import inputs_in, protect, select, slices_of, storage
+from lance_jax.continual_methods.projection import (
+    inputs_in,
+    protect,
+    select,
+    slices_of,
+    storage,
+    storage_scaled,
+)
 from lance_jax.factors import Factors
 
 
@@ -38,7 +45,7 @@ def _plan(setting: Setting, scaled: bool = False, rule: str = "residual") -> Pla
 
 
 lance = Method(_plan, protect, storage=storage)
-lance_scaled = Method(functools.partial(_plan, scaled=True), protect, storage=storage)
+lance_scaled = Method(functools.partial(_plan, scaled=True), protect, storage=storage_scaled)
 lance_authors = Method(
     functools.partial(_plan, rule="authors"),
     functools.partial(protect, rule="authors"),

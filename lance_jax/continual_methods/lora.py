@@ -9,7 +9,9 @@ B (r, out) for a kernel of D = height * width * channels rows, and their head; a
   2507.19887);
 * `lora_dynamic`: as `lora_per_task`, the rank of each layer from how the kernel changes in one
   epoch of plain training (after PEARL, Bhat et al. 2025, arXiv 2505.11998, which compares the
-  distance to reference weights).
+  distance to reference weights). That epoch trains all kernels, and its memory is not counted.
+
+A kernel with its adapter is one more array that is kept for the backward pass.
 """
 
 import functools

@@ -22,10 +22,11 @@ class Setting(NamedTuple):
       task: its number, from 0.
       apply_fn: (params, pictures) -> logits, or (logits, new statistics), without dropout; before
         the task as it trains, after it as in the task's evaluation.
+      fixed_fn: the same with the statistics that are in the params, whatever the batch.
       params: before the task, or after it.
       layers: paths of all kernels but the head's.
       pictures: what the task trains on.
-      batches: gives the task's training pictures, batch by batch.
+      batches: gives the task's training pictures, batch by batch, but for a last short batch.
       memory: what `learned` of the task before gave; {} before the first.
       train: trains by another plan, in a folder of that name, for a number of epochs; params after.
     """
@@ -33,6 +34,7 @@ class Setting(NamedTuple):
     config: Config
     task: int
     apply_fn: ApplyFn
+    fixed_fn: ApplyFn
     params: Any
     layers: list[str]
     pictures: Pictures

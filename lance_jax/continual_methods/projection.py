@@ -42,8 +42,12 @@ def protect(setting: Setting, rule: str = "total") -> tuple[Any, Memory]:
 
 def storage(memory: Memory) -> dict[str, int]:
     """The slices rest there between tasks."""
-    slices = slices_of(memory)
-    return {"slices": slices.nbytes if slices else 0}
+    return {"slices": nbytes({path: of["bases"] for path, of in memory["slices"].items()})}
+
+
+def storage_scaled(memory: Memory) -> dict[str, int]:
+    """The slices, and by how much each task needs them."""
+    return {"slices": nbytes(memory["slices"])}
 
 
 def inputs_in(setting: Setting, core_dtype: str | None) -> Factors:
@@ -58,7 +62,7 @@ def _plan(setting: Setting, scaled: bool = False, core_dtype: str | None = None)
         slices_of(setting.memory),
         setting.apply_fn,
         setting.params,
-        next(setting.batches()),
+        setting.pictures.read([0]),
         scale=setting.config.scale if scaled else None,
     )
     return Plan(
@@ -71,4 +75,4 @@ def _plan(setting: Setting, scaled: bool = False, core_dtype: str | None = None)
 
 gpm = Method(_plan, protect, storage=storage)
 gpm_int4 = Method(functools.partial(_plan, core_dtype="int4"), protect, storage=storage)
-sgp = Method(functools.partial(_plan, scaled=True), protect, storage=storage)
+sgp = Method(functools.partial(_plan, scaled=True), protect, storage=storage_scaled)

@@ -1,7 +1,7 @@
 """Experience replay: some pictures of each task are kept, and trained on with those of the next.
 
-Chaudhry et al. 2019, arXiv 1902.10486. `config.er_pictures` of each task, as many of each class,
-drawn at random, in 8 bits a value.
+Chaudhry et al. 2019, arXiv 1902.10486. At most `config.er_pictures` of each task, as many of each
+class, drawn at random, in 8 bits a value. An epoch runs over both, and so takes more steps.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ def replayed(memory: Memory) -> tuple[np.ndarray, np.ndarray]:
 def _learned(setting: Setting) -> tuple[Any, Memory]:
     pictures, config = setting.pictures, setting.config
     order = np.random.default_rng((config.seed, setting.task)).permutation(len(pictures.labels))
-    each = max(config.er_pictures // config.task_classes, 1)
+    each = config.er_pictures // config.task_classes
     labels = pictures.labels[order]
     drawn = np.concatenate([order[labels == label][:each] for label in np.unique(labels)])
     images = np.rint((pictures.read(drawn) + 1) * 127.5).astype(np.uint8)
