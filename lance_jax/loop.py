@@ -113,8 +113,8 @@ def fit(
     `trainable` is that of `lance_jax.value_and_grad`. `micro_batch` samples at a time go through
     the network, divided among as many devices as divide them evenly; 0: a number that is chosen at
     the start, by timing, and kept; None: the whole batch, on one device (`has_aux` and `dropout`
-    need that). FloatingPointError where a
-    loss is not finite; it names `field`, where the configuration has the learning rate.
+    need that). FloatingPointError where a loss is not finite; it names `field`, where the
+    configuration has the learning rate.
     """
     size = len(examples.labels)
     loader = Loader(size, config.batch_size, config.seed)
