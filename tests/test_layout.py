@@ -23,6 +23,8 @@ ORDER = [
     "dense",
     "windows",
     "shifted",
+    "conv_shape",
+    "conv_order",
     "conv",
     "pointwise",
     "cpu_conv",
