@@ -1,6 +1,5 @@
 """Calibration: frozen factors from the layer inputs of a few batches, forward only."""
 
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -10,15 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from lance_jax import hosvd, jaxprs
+from lance_jax.block_rule import Block, axis_of
 from lance_jax.factors import Factors, LayerFactors, Skipped, check_core_dtype
-from lance_jax.jaxprs import Site
+from lance_jax.grams import COUNT, SUM, sum_grams
+from lance_jax.layers import Found, Layer, Layers, Use, find
 from lance_jax.modes import accumulator
 from lance_jax.paths import matching
-from lance_jax.transform import Found, Layer, Layers, Use, find, product_of, weight_of
 
 _ENERGY, _PAPER_ENERGY = 0.9, 0.7
-# Beside the Gram matrices, for a mean: the sum of the inputs over the batch, and their number.
-_SUM, _COUNT = "sum", "count"
 # The share of a Gram matrix's trace that float32 sums cannot tell from nothing.
 _CANCELLED = 1e-5
 
@@ -35,7 +33,8 @@ class Last:
         return f"last({self.n})"
 
     def __call__(self, found: Layers) -> list[Layer]:
-        body = [layer for layer in found[:-1] if not layer.depthwise]
+        products = [layer for layer in found if layer.kind != "block"]
+        body = [layer for layer in products[:-1] if not layer.depthwise]
         if len(body) < self.n:
             raise ValueError(
                 f"last({self.n}) asks for more layers than the {len(body)} that are neither "
@@ -80,13 +79,14 @@ def calibrate(
       params: a pytree of parameters.
       batches: the remaining arguments of each call: tuples, or lone arrays. A short last batch
         is welcome.
-      select: which layers: None (all), a regular expression or several over paths (`re.search`),
-        `last(n)`, or a function of a `Layer`.
+      select: which layers and blocks: None (all blocks that stand in no other, and all layers that
+        stand in none), a regular expression or several over paths (`re.search`), `last(n)`, or a
+        function of a `Layer`.
       energy: the share of the trace that each mode keeps, in (0, 1]; 0.9 where none is given.
       modes: None (all but batch and patch), "paper" (all axes, at energy 0.7), or mode names, each
-        applied where a layer has it; () keeps the whole input of the selected layers in
-        `core_dtype`.
-      center: whether to keep the inputs' mean apart (see `LayerFactors`).
+        applied where a layer has it, and to all activations that enter a block; () keeps the whole
+        input of the selected layers in `core_dtype`.
+      center: whether to keep the inputs' mean apart (see `LayerFactors`); not of blocks.
       core_dtype: how cores are stored: None, "bfloat16", "int8" or "int4".
 
     Returns:
@@ -105,7 +105,7 @@ def calibrate(
     found = find(jaxprs.trace(apply_fn, params, *first))
     chosen = selected(select, found.layers)
     by_path, skipped = _choose_modes(chosen, found, modes, center)
-    wanted = {path: (*m, *((_SUM, _COUNT) if center else ())) for path, m in by_path.items()}
+    wanted = {path: (*m, *((SUM, COUNT) if center else ())) for path, m in by_path.items()}
     total = sum_grams(apply_fn, params, itertools.chain([first], rest), wanted)
     layers = {}
     for path, sums in total.items():
@@ -114,8 +114,10 @@ def calibrate(
         mean = None
         if center:
             sums, mean = _centred(path, sums, use)
-        dtype = accumulator(use.x.dtype)
-        bases = {m: jnp.asarray(_basis(path, m, one, energy), dtype) for m, one in sums.items()}
+        bases = {
+            m: jnp.asarray(_basis(path, m, one, energy), accumulator(use.x_of(m).dtype))
+            for m, one in sums.items()
+        }
         layers[path] = LayerFactors(bases, mean, core_dtype)
     return Factors(layers, skipped)
 
@@ -159,7 +161,7 @@ def _as_tuple(batch: Any) -> tuple[Any, ...]:
 def selected(select: Select, found: Layers) -> list[Layer]:
     paths = ", ".join(layer.path for layer in found) or "none"
     if select is None:
-        chosen = list(found)
+        chosen = [layer for layer in found if layer.block is None]
     elif isinstance(select, Last):
         chosen = select(found)
     elif callable(select):
@@ -177,7 +179,7 @@ def _choose_modes(
 ) -> tuple[dict[str, tuple[str, ...]], tuple[Skipped, ...]]:
     """The modes of each selected layer, and the layers left without any."""
     if modes is not None and not isinstance(modes, str):
-        known = list(dict.fromkeys(mode for layer in chosen for mode in layer.modes))
+        known = list(dict.fromkeys(axis_of(mode) for layer in chosen for mode in layer.modes))
         for mode in modes:
             if mode not in known:
                 raise ValueError(
@@ -187,8 +189,8 @@ def _choose_modes(
     for layer in chosen:
         product = found.uses[layer.path][0].product
         named = {None: product.default_modes, "paper": product.paper_modes}
-        asked = named[modes] if isinstance(modes, str | None) else modes
-        names = tuple(mode for mode in layer.modes if mode in asked)
+        asked = set(map(axis_of, named[modes] if isinstance(modes, str | None) else modes))
+        names = tuple(mode for mode in layer.modes if axis_of(mode) in asked)
         if "patch" in names and set(names) - {"patch", "batch"}:
             raise ValueError(
                 f"modes {names} of {layer.path!r}: patch goes with batch alone, since it holds "
@@ -197,8 +199,9 @@ def _choose_modes(
         if center and "batch" in names:
             raise ValueError(f"center does not go with the batch mode of {layer.path!r}")
         if center and not _can_center(found.uses[layer.path]):
-            skipped.append(Skipped(layer.path, "without one batch axis it has no mean"))
-        elif names or modes == ():
+            why = "a block" if layer.kind == "block" else "without one batch axis it"
+            skipped.append(Skipped(layer.path, f"{why} has no mean"))
+        elif names or modes == () or layer.kind == "block":
             by_path[layer.path] = names
         else:
             skipped.append(Skipped(layer.path, "it has none of the modes asked for"))
@@ -206,120 +209,13 @@ def _choose_modes(
 
 
 def _can_center(uses: list[Use]) -> bool:
-    shapes = {(use.product.x_shape, use.product.batch_axis) for use in uses if _has_batch(use)}
-    return len(shapes) == 1 and all(map(_has_batch, uses))
+    if not all(map(_has_batch, uses)):
+        return False
+    return len({(use.product.x_shape, use.of_product().batch_axis) for use in uses}) == 1
 
 
 def _has_batch(use: Use) -> bool:
-    return "batch" in use.product.modes
-
-
-# --- Gram matrices -------------------------------------------------------------------------------
-
-
-def sum_grams(
-    apply_fn: Callable,
-    params: Any,
-    batches: Iterable[tuple[Any, ...]],
-    wanted: dict[str, tuple[str, ...]],
-) -> dict[str, dict[str, np.ndarray]]:
-    """Sums over all batches, in float64 on the host."""
-    compiled: dict[Any, Any] = {}
-    total: dict[str, dict[str, np.ndarray]] = {path: {} for path in wanted}
-    for batch in batches:
-        arrays, static = jaxprs.split((params, batch))
-        if static not in compiled:
-            compiled[static] = jax.jit(functools.partial(_grams, apply_fn, static, wanted))
-        for path, sums in jax.device_get(compiled[static](arrays)).items():
-            held = total[path]
-            for mode, value in sums.items():
-                held[mode] = _add(held.get(mode), np.asarray(value, np.float64), path, mode)
-    return total
-
-
-def _add(total: np.ndarray | None, new: np.ndarray, path: str, mode: str) -> np.ndarray:
-    if total is None or total.shape == new.shape:
-        return new if total is None else total + new
-    if mode == "batch" and new.shape[-2] < total.shape[-2]:  # a short last batch
-        if hosvd.is_gram(new) and not hosvd.is_gram(total):
-            new = hosvd.sketch_of(new, hosvd.COLUMNS)
-        short = [(0, a - b) for a, b in zip(total.shape, new.shape, strict=True)]
-        return total + np.pad(new, short)
-    raise ValueError(
-        f"the {mode} mode of {path!r} has size {new.shape[-2]} in one batch and "
-        f"{total.shape[-2]} in the first; it must not grow or change between batches"
-    )
-
-
-def _grams(apply_fn: Callable, static: Any, wanted: Any, arrays: list[Any]) -> Any:
-    """The Gram matrices of one batch, by path and mode.
-
-    Each layer's input passes an identity whose cotangent for a probe of zeros is the Gram matrix:
-    differentiation carries it out of any scan, branch or remat, and sums over a weight's uses.
-    """
-    params, batch = static.join(arrays)
-    traced = jaxprs.trace(apply_fn, params, *batch)
-    found = find(traced)
-    probes = {path: _probes(found.uses[path][0], modes) for path, modes in wanted.items()}
-
-    def run(probes):
-        def rule(jaxpr, i, refs, trips):
-            weight = weight_of(jaxpr.eqns[i], refs)
-            if not isinstance(weight, int) or refs[weight].paths[0] not in probes:
-                return {}
-            return {i: Site(probes[refs[weight].paths[0]], refs[weight].scans, weight)}
-
-        nodes = jaxprs.plan(traced.jaxpr, traced.refs, rule)
-        outs = jaxprs.run(traced.jaxpr, traced.consts, nodes, traced.inputs, _tapped)
-        return [out for out in outs if jnp.issubdtype(out.dtype, jnp.floating)]
-
-    outs, vjp = jax.vjp(run, probes)
-    return vjp([jnp.zeros_like(out) for out in outs])[0]
-
-
-def _probes(use: Use, modes: Sequence[str]) -> dict[str, jax.Array]:
-    product, dtype = use.product, accumulator(use.x.dtype)
-    zeros = {}
-    for mode in modes:
-        if mode == _SUM:
-            axis = product.batch_axis
-            shape = (*product.x_shape[:axis], *product.x_shape[axis + 1 :])
-        elif mode == _COUNT:
-            shape = ()
-        else:
-            shape = (*product.basis_shape(mode), hosvd.columns(product.modes[mode]))
-        zeros[mode] = jnp.zeros((*use.stack, *shape), dtype)
-    return zeros
-
-
-def _tapped(jaxpr: Any, i: int, node: Site, read: Callable[[Any], Any]) -> list[Any]:
-    """The layer's equation as it stands, its input tapped."""
-    eqn = jaxpr.eqns[i]
-    product = product_of(eqn, node.weight)
-
-    @jax.custom_vjp
-    def tap(x, probes):
-        return x
-
-    def forward(x, probes):
-        return x, x
-
-    def backward(x, dx):
-        acc = accumulator(x.dtype)
-        sums = {}
-        for mode in node.value:
-            if mode == _SUM:
-                sums[mode] = jnp.sum(x.astype(acc), axis=product.batch_axis)
-            elif mode == _COUNT:
-                sums[mode] = jnp.asarray(x.shape[product.batch_axis], acc)
-            else:
-                sums[mode] = product.gram(x, mode)
-        return dx, sums
-
-    tap.defvjp(forward, backward)
-    operands = [read(v) for v in eqn.invars]
-    operands[1 - node.weight] = tap(operands[1 - node.weight], node.value)
-    return [eqn.primitive.bind(*operands, **eqn.params)]
+    return not isinstance(use.product, Block) and "batch" in use.product.modes
 
 
 # --- factors -------------------------------------------------------------------------------------
@@ -330,16 +226,17 @@ def _centred(
 ) -> tuple[dict[str, np.ndarray], jax.Array]:
     """(Gram matrices about the mean, the mean): sum (x-m)(x-m)^T = sum x x^T - N m m^T."""
     sums = dict(sums)
-    total, count = sums.pop(_SUM), sums.pop(_COUNT)
+    total, count = sums.pop(SUM), sums.pop(COUNT)
 
     def each(like):
         return count.reshape(*count.shape, *(1,) * (like.ndim - count.ndim))
 
     mean = jnp.asarray(total / each(total))
+    product = use.of_product()
     for mode, value in sums.items():
 
         def of_mean(m, mode=mode):
-            return use.product.gram(jnp.expand_dims(m, use.product.batch_axis), mode)
+            return product.gram(jnp.expand_dims(m, product.batch_axis), mode)
 
         for _ in use.stack:
             of_mean = jax.vmap(of_mean)
@@ -356,7 +253,7 @@ def _centred(
 def _check_finite(path: str, sums: dict[str, np.ndarray]) -> None:
     if not all(np.isfinite(total).all() for total in sums.values()):
         raise ValueError(f"the input of {path!r} holds NaN or Inf in the calibration batches")
-    if not all(total.any() for mode, total in sums.items() if mode != _SUM):
+    if not all(total.any() for mode, total in sums.items() if mode != SUM):
         raise ValueError(f"the input of {path!r} is all zero in the calibration batches")
 
 

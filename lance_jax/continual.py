@@ -20,14 +20,16 @@ import numpy as np
 import optax
 
 from lance_jax import hosvd, jaxprs, layer_rule
-from lance_jax.calibrate import Select, first_batch, selected, sum_grams
+from lance_jax.calibrate import Select, first_batch, selected
 from lance_jax.factors import Factors, LayerFactors, check_core_dtype
+from lance_jax.grams import sum_grams
+from lance_jax.layers import Layers, Use, find
 from lance_jax.memory import kept_bytes
 from lance_jax.modes import accumulator
 from lance_jax.slices import Slices as Slices
 from lance_jax.slices import check_rule, complement_of
 from lance_jax.slices import complement as complement
-from lance_jax.transform import Use, check, find
+from lance_jax.transform import check
 
 
 def protect(
@@ -144,8 +146,9 @@ def _layer_grams(
     first, rest = first_batch(batches)
     found = find(jaxprs.trace(apply_fn, params, *first))
     wanted = {}
-    for layer in selected(select, found.layers):
-        mode = found.uses[layer.path][0].product.update_mode
+    products = [layer for layer in found.layers if layer.kind != "block"]
+    for layer in selected(select, Layers(products, found.layers.skipped)):
+        mode = found.uses[layer.path][0].of_product().update_mode
         if mode not in layer.modes:
             raise ValueError(
                 f"the uses of {layer.path!r} differ in the size of their {mode} mode; leave it out"
@@ -283,7 +286,7 @@ def project_out(
 
 def _confine(use: Use, update: jax.Array, basis: jax.Array) -> jax.Array:
     """U U^T of an update of the layer's weight."""
-    confine = layer_rule.exact(use.product).confine
+    confine = layer_rule.exact(use.of_product()).confine
     for _ in use.stack:
         confine = jax.vmap(confine)
     return confine(update, basis)

@@ -1,22 +1,16 @@
-"""Walk a traced function: find its equations, rebuild its bodies, follow its parameters.
+"""A traced function: its equations and their bodies, and where its parameters go.
 
 The only file that knows jaxpr internals and what differs between jax versions.
-
-A function is traced once (`trace`), planned (`plan`: which equations get which node) and
-run again (`run`) with the planned equations replaced. A body (jit, scan, remat, cond) without a
-node in it is run as it stands, so that shardings, policies and caches survive; one with a node is
-rebuilt through jax's public functions, with the nodes as arguments.
 """
 
-import contextlib
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.extend.core as jexc
+import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives as prims
 
@@ -25,7 +19,6 @@ from lance_jax.paths import leaves_with_path
 Literal = jexc.Literal
 Jaxpr = Any  # jax.extend.core.Jaxpr
 Eqn = Any  # jax.extend.core.JaxprEqn
-Nodes = dict[int, Any]  # equation index -> what replaces it
 
 _DEBUG_INFO = jexc.DebugInfo("jit", "lance_jax", None, None)
 
@@ -174,166 +167,24 @@ def _size(atom: Any) -> int:
     return math.prod(atom.aval.shape)
 
 
-# --- planning ------------------------------------------------------------------------------------
-
-# rule(jaxpr, index, refs of the equation's operands, lengths of the enclosing scans)
-# -> {index: node}; an equation without a node has its bodies walked.
-Trips = tuple[int, ...]
-Rule = Callable[[Jaxpr, int, list[Ref | None], Trips], Nodes]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Body:
-    """The nodes of an equation's bodies, one dictionary a body."""
-
-    nodes: tuple[Nodes, ...]
+def nbytes(aval: Any) -> int:
+    """Bytes of an array of that shape and dtype; none of a key."""
+    if jnp.issubdtype(aval.dtype, jax.dtypes.extended):
+        return 0
+    return math.prod(aval.shape) * jnp.dtype(aval.dtype).itemsize
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """A layer's node, whose arrays are stacked along the scans in which its parameter is.
-
-    weight: which operand of the equation is the parameter.
-    """
-
-    value: Any
-    scans: tuple[bool, ...] = dataclasses.field(metadata={"static": True})
-    weight: int = dataclasses.field(metadata={"static": True})
+# --- running equations as they stand -------------------------------------------------------------
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Marked:
-    """An equation for `apply` that needs nothing beside itself."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Skip:
-    """An equation that a later node has taken over."""
-
-
-def plan(jaxpr: Jaxpr, refs: Sequence[Ref | None], rule: Rule) -> Nodes:
-    """The nodes that `rule` gives, over all equations and bodies, in order of use."""
-    return _plan(jaxpr, refs, rule, ())[0]
-
-
-def _plan(
-    jaxpr: Jaxpr, refs: Sequence[Ref | None], rule: Rule, trips: Trips
-) -> tuple[Nodes, list[Ref | None]]:
-    env: dict[Any, Ref | None] = dict.fromkeys(jaxpr.constvars, Ref(()))
-    env.update(zip(jaxpr.invars, refs, strict=True))
-
-    def read(atom):
-        return Ref(()) if isinstance(atom, Literal) else env[atom]
-
-    nodes: Nodes = {}
-    for i, eqn in enumerate(jaxpr.eqns):
-        operands = [read(v) for v in eqn.invars]
-        nodes.update(rule(jaxpr, i, operands, trips))
-        inner = bodies(eqn)
-        if inner and i not in nodes:
-            node, outs = _plan_bodies(eqn, inner, operands, rule, trips)
-            if any(node.nodes):
-                nodes[i] = node
-        else:
-            outs = [_result(eqn, operands)] * len(eqn.outvars)
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return nodes, [read(v) for v in jaxpr.outvars]
-
-
-def _plan_bodies(eqn, inner, operands, rule, trips):
-    if eqn.primitive is prims.scan_p:
-        consts, carry = scan_split(eqn)
-        operands = (
-            [r and dataclasses.replace(r, scans=(*r.scans, False)) for r in operands[:consts]]
-            + [None] * carry
-            + [
-                r and dataclasses.replace(r, scans=(*r.scans, True))
-                for r in operands[consts + carry :]
-            ]
-        )
-        nodes, _ = _plan(inner[0], operands, rule, (*trips, eqn.params["length"]))
-        return Body((nodes,)), [None] * len(eqn.outvars)
-    if eqn.primitive is prims.cond_p:
-        plans = [_plan(branch, operands[1:], rule, trips) for branch in inner]
-        outs = [_choice(refs) for refs in zip(*(refs for _, refs in plans), strict=True)]
-        return Body(tuple(nodes for nodes, _ in plans)), outs
-    nodes, outs = _plan(inner[0], operands, rule, trips)
-    return Body((nodes,)), outs
-
-
-def _choice(refs: Sequence[Ref | None]) -> Ref | None:
-    """One of several, whatever chooses: computed from parameters if all are."""
-    if not all(ref and ref.paths for ref in refs):
-        return None
-    paths = tuple(dict.fromkeys(path for ref in refs if ref for path in ref.paths))
-    return Ref(paths, refs[0].scans if refs[0] else (), view=False)
-
-
-def _result(eqn: Eqn, operands: list[Ref | None]) -> Ref | None:
-    """What an equation's result is made of: data with a parameter is data."""
-    if eqn.primitive is lax.select_n_p and operands[0] is None:
-        return _choice(operands[1:])
-    refs = [ref for ref in operands if ref is not None]
-    # A slice of a parameter is one wherever its indices come from.
-    sliced = eqn.primitive is lax.dynamic_slice_p and operands[0] is not None
-    if len(refs) < len(operands) and not sliced:
-        return None
-    if is_view(eqn):
-        return refs[0]
-    paths = tuple(dict.fromkeys(path for ref in refs for path in ref.paths))
-    scans = next((ref.scans for ref in refs if ref.paths), ())
-    return Ref(paths, scans, view=False)
-
-
-# --- running -------------------------------------------------------------------------------------
-
-# apply(jaxpr, index, node, the value of a variable) -> results
-Apply = Callable[[Jaxpr, int, Any, Callable[[Any], Any]], Sequence[Any]]
-
-
-def run(
-    jaxpr: Jaxpr, consts: Sequence[Any], nodes: Nodes, args: Sequence[Any], apply: Apply
-) -> list[Any]:
-    """Evaluate a jaxpr with some of its equations replaced by `apply`."""
-    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-    env.update(zip(jaxpr.invars, args, strict=True))
-
-    def read(atom):
-        return atom.val if isinstance(atom, Literal) else env[atom]
-
-    for i, eqn in enumerate(jaxpr.eqns):
-        node = nodes.get(i)
-        if isinstance(node, Skip):
-            continue
-        if node is None:
-            outs = bind(eqn, [env[v] for v in _variables(eqn.invars)])
-        else:
-            with _scope(eqn), eqn.ctx.manager:
-                if isinstance(node, Body):
-                    values = [read(v) for v in eqn.invars]
-                    outs = _REBUILD[eqn.primitive](eqn, node, values, apply)
-                else:
-                    outs = apply(jaxpr, i, node, read)
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return [read(v) for v in jaxpr.outvars]
-
-
-def _scope(eqn: Eqn) -> contextlib.AbstractContextManager[Any]:
-    name = str(eqn.source_info.name_stack)
-    return jax.named_scope(name) if name else contextlib.nullcontext()
-
-
-def _variables(atoms: Sequence[Any]) -> list[Any]:
+def variables(atoms: Sequence[Any]) -> list[Any]:
+    """The distinct variables among operands."""
     return list(dict.fromkeys(v for v in atoms if not isinstance(v, Literal)))
 
 
 def bind(eqn: Eqn, values: Sequence[Any]) -> list[Any]:
     """Run one equation as it stands on the values of its distinct variables."""
-    return run_eqns([eqn], _variables(eqn.invars), eqn.outvars, values)
+    return run_eqns([eqn], variables(eqn.invars), eqn.outvars, values)
 
 
 def run_eqns(
@@ -351,77 +202,3 @@ def hoist_consts(closed: Any) -> tuple[Jaxpr, list[Any]]:
     inputs = [*jaxpr.constvars, *jaxpr.invars]
     hoisted = jexc.Jaxpr([], inputs, jaxpr.outvars, jaxpr.eqns, jaxpr.effects, _DEBUG_INFO)
     return hoisted, list(closed.consts)
-
-
-def _rebuild_jit(eqn, node, values, apply):
-    jaxpr, consts = open_jaxpr(eqn.params["jaxpr"])
-    values = [_constrain(v, s) for v, s in zip(values, eqn.params["in_shardings"], strict=True)]
-    options = eqn.params["compiler_options_kvs"]
-    outs = _jitted(jaxpr, apply, eqn.params["name"], options)(node.nodes[0], consts, *values)
-    return [_constrain(v, s) for v, s in zip(outs, eqn.params["out_shardings"], strict=True)]
-
-
-def _constrain(value, sharding):
-    # What is not given is a private marker, not None.
-    if isinstance(sharding, jax.sharding.Sharding):
-        return lax.with_sharding_constraint(value, sharding)
-    return value
-
-
-@functools.lru_cache(maxsize=1024)
-def _jitted(jaxpr, apply, name, options):
-    # Cached by the body, so that a block called many times is lowered once for each set of shapes.
-    def fun(nodes, consts, *values):
-        return run(jaxpr, consts, nodes, values, apply)
-
-    fun.__name__ = name
-    return jax.jit(fun, compiler_options=dict(options) or None)
-
-
-def _rebuild_remat(eqn, node, values, apply):
-    jaxpr, consts = open_jaxpr(eqn.params["jaxpr"])
-
-    def fun(nodes, *values):
-        return run(jaxpr, consts, nodes, values, apply)
-
-    prevent_cse, policy = eqn.params["prevent_cse"], eqn.params["policy"]
-    return jax.checkpoint(fun, prevent_cse=prevent_cse, policy=policy)(node.nodes[0], *values)
-
-
-def _rebuild_cond(eqn, node, values, apply):
-    def branch(closed, i):
-        jaxpr, consts = open_jaxpr(closed)
-        return lambda nodes, *values: run(jaxpr, consts, nodes[i], values, apply)
-
-    branches = [branch(closed, i) for i, closed in enumerate(eqn.params["branches"])]
-    return lax.switch(values[0], branches, node.nodes, *values[1:])
-
-
-def _rebuild_scan(eqn, node, values, apply):
-    jaxpr, closed_over = open_jaxpr(eqn.params["jaxpr"])
-    n, m = scan_split(eqn)
-    consts, carry, xs = values[:n], values[n : n + m], values[n + m :]
-    sites, tree = jax.tree.flatten(node.nodes[0], is_leaf=lambda x: isinstance(x, Site))
-    stacked = [site for site in sites if site.scans[0]]
-    fixed = [site for site in sites if not site.scans[0]]
-
-    def body(carry, slices):
-        stacked, xs = slices
-        stacked, rest = iter(stacked), iter(fixed)
-        inner = [next(stacked) if site.scans[0] else next(rest) for site in sites]
-        inner = [dataclasses.replace(site, scans=site.scans[1:]) for site in inner]
-        nodes = jax.tree.unflatten(tree, inner)
-        outs = run(jaxpr, closed_over, nodes, [*consts, *carry, *xs], apply)
-        return outs[:m], outs[m:]
-
-    options = {k: eqn.params[k] for k in ("reverse", "length", "unroll")}
-    carry, ys = lax.scan(body, list(carry), (stacked, list(xs)), **options)
-    return [*carry, *ys]
-
-
-_REBUILD = {
-    prims.jit_p: _rebuild_jit,
-    prims.remat_p: _rebuild_remat,
-    prims.cond_p: _rebuild_cond,
-    prims.scan_p: _rebuild_scan,
-}

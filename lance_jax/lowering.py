@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from lance_jax import cpu_conv, cpu_pool, jaxprs
+from lance_jax import cpu_conv, cpu_pool, interpreter, jaxprs
 
 
 def lower_for_cpu(apply_fn: Callable) -> Callable:
@@ -27,16 +27,16 @@ def lower_for_cpu(apply_fn: Callable) -> Callable:
     @functools.wraps(apply_fn)
     def lowered(params, *args, **kwargs):
         traced = jaxprs.trace(apply_fn, params, *args, **kwargs)
-        nodes = jaxprs.plan(traced.jaxpr, traced.refs, _rule)
-        outs = jaxprs.run(traced.jaxpr, traced.consts, nodes, traced.inputs, _apply)
+        nodes = interpreter.plan(traced.jaxpr, traced.refs, _rule)
+        outs = interpreter.run(traced.jaxpr, traced.consts, nodes, traced.inputs, _apply)
         return traced.unflatten(outs)
 
     return lowered
 
 
-def _rule(jaxpr: Any, i: int, refs: Any, trips: Any) -> jaxprs.Nodes:
+def _rule(jaxpr: Any, i: int, refs: Any, trips: Any) -> interpreter.Nodes:
     eqn = jaxpr.eqns[i]
-    return {i: jaxprs.Marked()} if cpu_conv.fits(eqn) or cpu_pool.fits(eqn) else {}
+    return {i: interpreter.Marked()} if cpu_conv.fits(eqn) or cpu_pool.fits(eqn) else {}
 
 
 def _apply(jaxpr: Any, i: int, node: Any, read: Callable[[Any], Any]) -> list[Any]:

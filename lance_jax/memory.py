@@ -1,17 +1,20 @@
 """`report`: bytes kept for the backward pass and multiply-accumulates, by shapes alone."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from lance_jax import jaxprs, layer_rule, pointwise, residuals
+from lance_jax import block_rule, interpreter, jaxprs, layer_rule, pointwise, residuals
+from lance_jax.block_rule import Block
 from lance_jax.factors import Factors, LayerFactors, as_factors, table
+from lance_jax.layers import Found, Use, find
 from lance_jax.paths import leaves_with_path
 from lance_jax.phases import trace_phases
 from lance_jax.step import Trainable, choose
-from lance_jax.transform import Use, check, find, rewrite
+from lance_jax.transform import check, plan, rewrite, run_body
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,18 +33,21 @@ class SavedBytes:
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """One trained layer: what it keeps, beside plain backprop, and its multiply-accumulates.
+    """One trained layer or block: what it keeps, beside plain backprop, and its MACs.
+
+    A block keeps what it is recomputed from, and the layers inside of it nothing.
 
     Attributes:
-      path: the parameter's key path, joined by `/`.
-      kind: "conv" or "dense".
+      path: the parameter's key path, joined by `/`, or the block's name.
+      kind: "conv", "dense" or "block".
       ranks: mode name -> rank; empty where no basis is used.
       core_dtype: how the core is stored; None: as the input.
       update: the rank that the weight gradient is confined to; None: unconfined, 0: frozen.
       bytes: kept of the layer's input, all uses and scan steps together.
       bytes_backprop: the same of plain backprop.
-      macs_forward: of the forward product, and of the projection to the core.
-      macs_dx: of the input's gradient.
+      macs_forward: of the forward product, and of the projection to the core; of a block, of the
+        projection alone, since the layers inside have lines of their own.
+      macs_dx: of the input's gradient; of a block, of expanding the cores.
       macs_dw: of the weight's gradient.
       macs_dw_backprop: the same of plain backprop.
     """
@@ -67,12 +73,18 @@ class Report:
       saved_bytes: what a step keeps once compressed.
       saved_bytes_backprop: what a step of plain backprop keeps.
       factor_bytes: of all bases and means, which are kept as long as the training runs.
+      transient: bytes that the backward pass holds beside the saved ones while it is in the block
+        where they are most: the activations that enter, expanded, and what its recomputed forward
+        pass keeps. 0 without blocks.
+      macs_recomputed: of all products in blocks, which the backward pass does again.
       layers: one entry for each trained layer, in order of use.
     """
 
     saved_bytes: SavedBytes
     saved_bytes_backprop: SavedBytes
     factor_bytes: int
+    transient: int
+    macs_recomputed: int
     layers: tuple[LayerReport, ...]
 
     def __repr__(self) -> str:
@@ -97,8 +109,14 @@ class Report:
                 f"total kept   {saved.total:,} bytes, backprop {plain.total:,}"
                 f" ({_ratio(plain.total, saved.total)})",
                 f"factors      {self.factor_bytes:,} bytes",
+                *self._recomputed_lines(),
             ]
         )
+
+    def _recomputed_lines(self) -> list[str]:
+        if not self.macs_recomputed:
+            return []
+        return [f"recomputed   {self.macs_recomputed:,} MACs, {self.transient:,} bytes at a time"]
 
 
 def _ratio(a: int, b: int) -> str:
@@ -115,7 +133,8 @@ def report(
     """What a training step of a plain `loss_fn` keeps once compressed, beside plain backprop.
 
     Nothing is executed; any argument may be a `jax.ShapeDtypeStruct`. Plain backprop's figure is
-    the fair one: duplicates and constants dropped, every mask of the relu family at 1 bit.
+    the fair one: duplicates and constants dropped, every mask of the relu family at 1 bit, and
+    without any `jax.checkpoint` that the loss may have.
 
     Args:
       loss_fn: a function of (params, *args) to a scalar, or to (scalar, aux).
@@ -124,8 +143,8 @@ def report(
 
     Returns:
       A `Report` with `.saved_bytes` and `.saved_bytes_backprop`, each with `.layer_inputs` and
-      `.total`, `.factor_bytes`, and `.layers`: for each trained layer its ranks, bytes, and the
-      MACs of forward (projection included), dX and dW.
+      `.total`, `.factor_bytes`, `.transient`, `.macs_recomputed`, and `.layers`: for each trained
+      layer its ranks, bytes, and the MACs of forward (projection included), dX and dW.
 
     Raises:
       ValueError: as `compress` and `value_and_grad` do.
@@ -138,27 +157,30 @@ def report(
     found = find(traced)
     check(factors, found)
     has_aux = isinstance(traced.unflatten(traced.jaxpr.outvars), tuple)
-    rows = tuple(
-        _row(path, uses, factors.get(path)) for path, uses in found.uses.items() if path in trained
-    )
+    rows = tuple(_rows(found, factors, trained))
 
-    def total(factors, match):
+    def total(factors, match, inline):
         # Factors are an argument, so that they too may be shapes.
         def fast(params, *args, factors):
-            return rewrite(loss_fn, factors, match)(params, *args)
+            return rewrite(loss_fn, factors, match, inline)(params, *args)
 
         kwargs = {"factors": factors}
         return trace_phases(fast, chosen, has_aux, params, args, kwargs).kept.nbytes
 
+    outermost = [
+        use for uses in found.uses.values() for use in uses if use.block is None and _is_block(use)
+    ]
     return Report(
-        SavedBytes(sum(row.bytes for row in rows), total(factors, pointwise.match)),
-        SavedBytes(sum(row.bytes_backprop for row in rows), total(Factors(), _one_bit)),
+        SavedBytes(sum(row.bytes for row in rows), total(factors, pointwise.match, False)),
+        SavedBytes(sum(row.bytes_backprop for row in rows), total(Factors(), _one_bit, True)),
         factors.nbytes,
+        transient(traced, factors),
+        sum(use.product.macs * use.runs for use in outermost),
         rows,
     )
 
 
-def _one_bit(jaxpr: Any, i: int) -> jaxprs.Nodes:
+def _one_bit(jaxpr: Any, i: int) -> interpreter.Nodes:
     """Masks of one bit an element for every mask, counted and never run."""
     nodes = pointwise.match(jaxpr, i)
     for j, node in nodes.items():
@@ -170,29 +192,64 @@ def _one_bit(jaxpr: Any, i: int) -> jaxprs.Nodes:
     return nodes
 
 
+def _rows(found: Found, factors: Factors, trained: set[str]) -> Iterator[LayerReport]:
+    """Of the layers whose weight is trained, and of the blocks that a gradient passes."""
+    moving = False
+    for path, uses in found.uses.items():
+        own = not trained.isdisjoint(uses[0].params)
+        moving = moving or own
+        if isinstance(uses[0].product, Block):
+            if moving and uses[0].block is None:
+                yield _block_row(path, uses, factors.get(path, LayerFactors({})))
+        elif own:
+            yield _row(path, uses, factors.get(path))
+
+
+def _is_block(use: Use) -> bool:
+    return isinstance(use.product, Block)
+
+
 def _row(path: str, uses: list[Use], factors: LayerFactors | None) -> LayerReport:
-    plain = sum(residuals.nbytes(use.x) * use.runs for use in uses)
-    product = uses[0].product
+    plain = sum(jaxprs.nbytes(use.x) * use.runs for use in uses)
+    products = [(use.of_product(), use.runs) for use in uses]
+    product = products[0][0]
     ranks = layer_rule.core_ranks(product, factors) if factors is not None else {}
-    forward = sum(use.product.macs * use.runs for use in uses)
+    forward = sum(product.macs * runs for product, runs in products)
     if factors is None:
         kept, project, dw = plain, 0, forward
     else:
         kept = kept_bytes(uses, factors)
-        project = sum(use.product.project_macs(ranks) * use.runs for use in uses)
-        dw = sum(layer_rule.weight_gradient_macs(use.product, factors) * use.runs for use in uses)
+        project = sum(product.project_macs(ranks) * runs for product, runs in products)
+        dw = sum(layer_rule.weight_gradient_macs(one, factors) * runs for one, runs in products)
     return LayerReport(
         path=path,
         kind=product.kind,
         ranks=ranks,
         core_dtype=factors.core_dtype if factors is not None else None,
         update=_update_rank(factors),
-        bytes=kept,
+        bytes=kept if uses[0].block is None else 0,
         bytes_backprop=plain,
         macs_forward=forward + project,
         macs_dx=forward,
         macs_dw=dw,
         macs_dw_backprop=forward,
+    )
+
+
+def _block_row(path: str, uses: list[Use], factors: LayerFactors) -> LayerReport:
+    project = sum(use.product.project_macs(factors.ranks) * use.runs for use in uses)
+    return LayerReport(
+        path=path,
+        kind="block",
+        ranks=factors.ranks,
+        core_dtype=factors.core_dtype,
+        update=None,
+        bytes=kept_bytes(uses, factors),
+        bytes_backprop=0,
+        macs_forward=project,
+        macs_dx=project,
+        macs_dw=0,
+        macs_dw_backprop=0,
     )
 
 
@@ -212,9 +269,63 @@ def kept_bytes(uses: list[Use], factors: LayerFactors) -> int:
             lambda u, use=use: jax.ShapeDtypeStruct(u.shape[len(use.stack) :], u.dtype), factors
         )
 
-        def keep(x, factors, use=use):
-            return layer_rule.keep(use.product, x, factors)
+        def keep(x, factors, product=use.product):
+            if isinstance(product, Block):
+                return block_rule.keep(product, x, factors)
+            return layer_rule.keep(product, x, factors)
 
         stored = jax.tree.leaves(jax.eval_shape(keep, use.x, one))
-        total += sum(map(residuals.nbytes, stored)) * use.runs
+        total += sum(map(jaxprs.nbytes, stored)) * use.runs
     return total
+
+
+# --- what a block needs while it is recomputed ---------------------------------------------------
+
+
+def transient(traced: jaxprs.Traced, factors: Factors) -> int:
+    """Bytes that the largest block needs for its own backward pass: see `Report.transient`."""
+    nodes = plan(traced, factors, pointwise.match)
+    return max(_transients(traced.jaxpr, nodes, 0), default=0)
+
+
+def _transients(jaxpr: Any, nodes: interpreter.Nodes, depth: int) -> Iterator[int]:
+    """Of every `jax.checkpoint`; depth: the number of scans around."""
+    for i, eqn in enumerate(jaxpr.eqns):
+        bodies, node = jaxprs.bodies(eqn), nodes.get(i)
+        body = node.body if isinstance(node, interpreter.Remat) else node
+        inside = body.nodes if isinstance(body, interpreter.Body) else ({},) * len(bodies)
+        if bodies and eqn.primitive is jaxprs.prims.remat_p:
+            expanded = node.site.operands if isinstance(node, interpreter.Remat) else ()
+            entering = sum(jaxprs.nbytes(eqn.invars[j].aval) for j in expanded)
+            yield entering + _recomputed(eqn, inside[0], depth)
+        deeper = depth + (eqn.primitive is jaxprs.prims.scan_p)
+        for one, of in zip(bodies, inside, strict=True):
+            yield from _transients(one, of, deeper)
+
+
+def _recomputed(eqn: Any, nodes: interpreter.Nodes, depth: int) -> int:
+    """Bytes that a recomputed body keeps for its gradients."""
+
+    def like(site: Any) -> Any:
+        """Inside of that many scans."""
+        if not isinstance(site, interpreter.Site):
+            return site
+        stacked = sum(site.scans[:depth])
+        value = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[stacked:], a.dtype), site.value)
+        return dataclasses.replace(site, value=value, scans=site.scans[depth:])
+
+    nodes = jax.tree.map(like, nodes, is_leaf=lambda leaf: isinstance(leaf, interpreter.Site))
+    values = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+    moving = [i for i, v in enumerate(values) if jnp.issubdtype(v.dtype, jnp.inexact)]
+
+    def kept(nodes, values):
+        def again(parts):
+            given = list(values)
+            for i, part in zip(moving, parts, strict=True):
+                given[i] = part
+            return run_body(eqn, nodes, given)
+
+        return jax.tree.leaves(jax.vjp(again, [values[i] for i in moving])[1])
+
+    jaxpr, _ = jaxprs.hoist_consts(jax.make_jaxpr(kept)(nodes, values))
+    return residuals.keep(jaxpr, jaxpr.outvars, [True] * len(jaxpr.outvars), 0).nbytes

@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jax.interpreters import ad
 
-from lance_jax import jaxprs
+from lance_jax import interpreter, jaxprs
 from lance_jax.jaxprs import Literal, prims
 
 _SCALAR = {
@@ -76,7 +76,7 @@ class Mask:
 # --- recognising ---------------------------------------------------------------------------------
 
 
-def match(jaxpr: Any, i: int) -> jaxprs.Nodes:
+def match(jaxpr: Any, i: int) -> interpreter.Nodes:
     """The mask that ends at equation i, with a Skip for each earlier equation it takes over."""
     last = jaxpr.eqns[i]
     if last.primitive not in _LAST or len(last.outvars) != 1:
@@ -84,7 +84,7 @@ def match(jaxpr: Any, i: int) -> jaxprs.Nodes:
     out = last.outvars[0].aval
     if not jnp.issubdtype(out.dtype, jnp.floating) or not out.shape:
         return {}
-    found: jaxprs.Nodes = {}
+    found: interpreter.Nodes = {}
     for group in _groups(jaxpr, i):
         eqns = [jaxpr.eqns[j] for j in group]
         inputs = _inputs(eqns)
@@ -92,7 +92,7 @@ def match(jaxpr: Any, i: int) -> jaxprs.Nodes:
             slopes = _slopes(eqns)
             if 2 <= len(slopes) <= 3:
                 mask = Mask(tuple(group), tuple(slopes), tuple(slopes.values()))
-                found = {**dict.fromkeys(group[:-1], jaxprs.Skip()), i: mask}
+                found = {**dict.fromkeys(group[:-1], interpreter.Skip()), i: mask}
     return found
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lance_jax import jaxprs
-from lance_jax.jaxprs import Literal, prims
+from lance_jax.jaxprs import Literal, nbytes, prims
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,12 +280,3 @@ def _is_cheap(eqn: Any) -> bool:
         return False
     inner = [e for body in jaxprs.bodies_in(eqn.params) for e in body.eqns]
     return not inner or (eqn.primitive is prims.jit_p and all(map(_is_cheap, inner)))
-
-
-def nbytes(aval: Any) -> int:
-    """Bytes of an array of that shape and dtype."""
-    return math.prod(aval.shape) * jnp.dtype(aval.dtype).itemsize if _plain(aval) else 0
-
-
-def _plain(aval: Any) -> bool:
-    return not jnp.issubdtype(aval.dtype, jax.dtypes.extended)

@@ -1,235 +1,26 @@
-"""`layers` and `compress`: the walk over any apply_fn with the layer and mask rules."""
+"""`compress`: any apply_fn with the rules of layers, blocks and masks in the places they fit."""
 
-import dataclasses
 import difflib
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 
-from lance_jax import jaxprs, layer_rule, pointwise
-from lance_jax.conv import Conv
-from lance_jax.cpu_conv import conv_p
-from lance_jax.dense import Dense
-from lance_jax.factors import Factors, LayerFactors, Skipped, as_factors, table
-from lance_jax.jaxprs import Ref, Site
-from lance_jax.layer_rule import Product
-
-_CONVOLUTIONS = (lax.conv_general_dilated_p, conv_p)
-_PRODUCTS = (lax.dot_general_p, *_CONVOLUTIONS)
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """A convolution or dense product that uses a parameter.
-
-    Attributes:
-      path: the parameter's key path, joined by `/`.
-      kind: "conv" or "dense".
-      input_shape: as the product sees it, a scanned layer's without its scan axis.
-      weight_shape: likewise.
-      modes: mode name -> its size; of a weight used several times, the modes that all uses share.
-      macs: multiply-accumulates of the forward product, all uses and scan steps together.
-      uses: how often one call applies the weight.
-      depthwise: whether it is a depthwise convolution.
-    """
-
-    path: str
-    kind: str
-    input_shape: tuple[int, ...]
-    weight_shape: tuple[int, ...]
-    modes: Mapping[str, int]
-    macs: int
-    uses: int
-    depthwise: bool = False
-
-
-class Layers(Sequence[Layer]):
-    """The layers of an apply_fn in order of use; printing it gives a table.
-
-    Attributes:
-      skipped: what looks like a layer but cannot be compressed.
-    """
-
-    def __init__(self, layers: Sequence[Layer], skipped: Sequence[Skipped]):
-        self._layers = tuple(layers)
-        self.skipped = tuple(skipped)
-
-    def __getitem__(self, index):
-        return self._layers[index]
-
-    def __len__(self) -> int:
-        return len(self._layers)
-
-    def __repr__(self) -> str:
-        rows = [("path", "kind", "input", "weight", "modes", "MACs", "uses")]
-        for x in self:
-            modes = ", ".join(f"{mode} {size}" for mode, size in x.modes.items())
-            shapes = _times(x.input_shape), _times(x.weight_shape)
-            rows.append((x.path, x.kind, *shapes, modes, f"{x.macs:,}", str(x.uses)))
-        lines = [table(rows)]
-        lines += [f"skipped {skip.path}: {skip.reason}" for skip in self.skipped]
-        return "\n".join(lines)
-
-
-def _times(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
-
-
-def layers(apply_fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Layers:
-    """The layers that `apply_fn(params, *args, **kwargs)` uses, in order of use.
-
-    Nothing is executed; any argument may be a `jax.ShapeDtypeStruct`.
-
-    Args:
-      apply_fn: any JAX function of (params, *args, **kwargs).
-      params: a pytree of parameters.
-
-    Returns:
-      A sequence of `Layer`, with what cannot be compressed in `.skipped`.
-    """
-    return find(jaxprs.trace(apply_fn, params, *args, **kwargs)).layers
-
-
-# --- finding -------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Use:
-    """One use of a layer: the product, and what its equation stands in."""
-
-    path: str
-    product: Product
-    scans: tuple[bool, ...]
-    trips: tuple[int, ...]
-    x: Any  # shape and dtype of the input
-    y: Any
-    w: Any
-
-    @property
-    def stack(self) -> tuple[int, ...]:
-        """The leading axes of this use's factors: the scans in which its parameter is sliced."""
-        return tuple(n for n, sliced in zip(self.trips, self.scans, strict=True) if sliced)
-
-    @property
-    def runs(self) -> int:
-        """How often the equation runs in one call."""
-        return math.prod(self.trips)
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """Every use of every layer, in order."""
-
-    uses: dict[str, list[Use]]
-    layers: Layers
-
-
-def find(traced: jaxprs.Traced) -> Found:
-    """All layers of a traced call."""
-    uses: dict[str, list[Use]] = {}
-    skipped: list[Skipped] = []
-
-    def rule(jaxpr, i, refs, trips):
-        eqn = jaxpr.eqns[i]
-        found = weight_of(eqn, refs)
-        if isinstance(found, int):
-            ref = refs[found]
-            path = ref.paths[0]
-            use = Use(path, product_of(eqn, found), ref.scans, trips, *_avals(eqn, found))
-            uses.setdefault(path, []).append(use)
-        elif found:
-            skipped.append(found)
-        return {}
-
-    jaxprs.plan(traced.jaxpr, traced.refs, rule)
-    return Found(
-        uses,
-        Layers([_layer(path, group) for path, group in uses.items()], [*dict.fromkeys(skipped)]),
-    )
-
-
-def _layer(path: str, uses: list[Use]) -> Layer:
-    first = uses[0].product
-    modes = {
-        mode: size
-        for mode, size in first.modes.items()
-        if all(use.product.modes.get(mode) == size for use in uses)
-    }
-    return Layer(
-        path=path,
-        kind=first.kind,
-        input_shape=first.x_shape,
-        weight_shape=first.w_shape,
-        modes=modes,
-        macs=sum(use.product.macs * use.runs for use in uses),
-        uses=sum(use.runs // math.prod(use.stack) for use in uses),
-        depthwise=first.depthwise,
-    )
-
-
-def _avals(eqn: Any, weight: int) -> Iterator[jax.ShapeDtypeStruct]:
-    for var in (eqn.invars[1 - weight], eqn.outvars[0], eqn.invars[weight]):
-        yield jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
-
-
-def product_of(eqn: Any, weight: int) -> Product:
-    """The layer rule of a convolution or dense product."""
-    if eqn.primitive in _CONVOLUTIONS:
-        return Conv.of(eqn)
-    return Dense.of(eqn, x_is_lhs=weight == 1)
-
-
-def weight_of(eqn: Any, refs: list[Ref | None]) -> int | Skipped | None:
-    """Which operand of a layer's equation is its weight; why it is none; None if it is no layer."""
-    if eqn.primitive not in _PRODUCTS:
-        return _hidden(eqn, refs)
-    made_of = {i: ref for i, ref in enumerate(refs) if ref and ref.paths}
-    views = [i for i, ref in made_of.items() if ref.view]
-    if not made_of:
-        return None
-    path = " + ".join(dict.fromkeys(p for i in views or made_of for p in made_of[i].paths))
-    if len(views) == 2:
-        return Skipped(path, "both operands are parameters")
-    if layer_rule.SCOPE in str(eqn.source_info.name_stack):
-        return Skipped(path, "it is compressed already")
-    if not views:
-        if len(made_of) == 2:
-            return None  # arithmetic among parameters
-        return Skipped(path, "the weight is computed from parameters, it is not one laid out anew")
-    if not all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in (*eqn.invars, *eqn.outvars)):
-        return Skipped(
-            path, f"operands of {eqn.invars[0].aval.dtype} and {eqn.invars[1].aval.dtype}"
-        )
-    if eqn.primitive in _CONVOLUTIONS:
-        if views == [0]:
-            return Skipped(path, "the parameter is the convolution's input, not its kernel")
-        if eqn.params["batch_group_count"] > 1:
-            return Skipped(path, f"batch_group_count is {eqn.params['batch_group_count']}")
-        if len(eqn.params["window_strides"]) > 3:
-            return Skipped(path, "more than three spatial dimensions")
-    return views[0]
-
-
-def _hidden(eqn: Any, refs: list[Ref | None]) -> Skipped | None:
-    """A product inside of a body that the walk does not enter."""
-    if jaxprs.bodies(eqn):
-        return None
-    paths = [
-        path
-        for ref, var in zip(refs, eqn.invars, strict=True)
-        if ref and len(var.aval.shape) >= 2
-        for path in ref.paths
-    ]
-    if not paths or not any(inner.primitive in _PRODUCTS for inner in jaxprs.hidden_eqns(eqn)):
-        return None
-    why = "has no reverse-mode derivative" if eqn.primitive.name == "while" else "is kept as it is"
-    return Skipped(" + ".join(dict.fromkeys(paths)), f"inside {eqn.primitive.name}, which {why}")
-
+from lance_jax import block_rule, interpreter, jaxprs, layer_rule, pointwise
+from lance_jax.factors import Factors, LayerFactors, as_factors
+from lance_jax.interpreter import Remat, Site
+from lance_jax.jaxprs import prims
+from lance_jax.layers import (
+    BlockNames,
+    Found,
+    Use,
+    block_of,
+    block_scans,
+    find,
+    product_of,
+    weight_of,
+)
 
 # --- compressing ---------------------------------------------------------------------------------
 
@@ -263,36 +54,76 @@ def compress(
 
 
 def rewrite(
-    apply_fn: Callable, factors: Factors, match_mask: Callable[[Any, int], jaxprs.Nodes]
+    apply_fn: Callable,
+    factors: Factors,
+    match_mask: Callable[[Any, int], interpreter.Nodes],
+    inline: bool = False,
 ) -> Callable:
-    """`apply_fn` with the layers in `factors` and the masks that are found replaced."""
+    """`apply_fn` with the layers and blocks in `factors` and the masks that are found replaced.
+
+    inline: whether every other `jax.checkpoint` is taken away, as if it were not there.
+    """
 
     @functools.wraps(apply_fn)
     def compressed(params, *args, **kwargs):
         traced = jaxprs.trace(apply_fn, params, *args, **kwargs)
         check(factors, find(traced))
-
-        def rule(jaxpr, i, refs, trips):
-            weight = weight_of(jaxpr.eqns[i], refs)
-            if not isinstance(weight, int):
-                return match_mask(jaxpr, i)
-            kept = factors.get(refs[weight].paths[0])
-            return {i: Site(kept, refs[weight].scans, weight)} if kept is not None else {}
-
-        nodes = jaxprs.plan(traced.jaxpr, traced.refs, rule)
-        outs = jaxprs.run(traced.jaxpr, traced.consts, nodes, traced.inputs, _apply)
+        nodes = plan(traced, factors, match_mask, inline)
+        outs = interpreter.run(traced.jaxpr, traced.consts, nodes, traced.inputs, _apply)
         return traced.unflatten(outs)
 
     return compressed
+
+
+def plan(
+    traced: jaxprs.Traced,
+    factors: Factors,
+    match_mask: Callable[[Any, int], interpreter.Nodes],
+    inline: bool = False,
+) -> interpreter.Nodes:
+    """What `rewrite` puts in the place of which equations."""
+    names = BlockNames(traced.refs)
+
+    def rule(jaxpr, i, refs, trips):
+        eqn = jaxpr.eqns[i]
+        block, weight = names.visit(jaxpr, i, refs), weight_of(eqn, refs)
+        if block is not None and block in factors:
+            operands = block_of(eqn, refs).operands
+            return {i: Remat(Site(factors[block], block_scans(refs, trips), operands))}
+        if inline and eqn.primitive is prims.remat_p and jaxprs.bodies(eqn):
+            return {i: Remat(Site(None, (False,) * len(trips), ()))}
+        if not isinstance(weight, int):
+            return match_mask(jaxpr, i)
+        kept = factors.get(refs[weight].paths[0])
+        return {i: Site(kept, refs[weight].scans, (weight,))} if kept is not None else {}
+
+    return interpreter.plan(traced.jaxpr, traced.refs, rule)
 
 
 def _apply(jaxpr: Any, i: int, node: Any, read: Callable[[Any], Any]) -> list[Any]:
     if isinstance(node, pointwise.Mask):
         return [pointwise.apply(jaxpr, node, read(pointwise.input_of(jaxpr, node)))]
     eqn = jaxpr.eqns[i]
-    x, w = read(eqn.invars[1 - node.weight]), read(eqn.invars[node.weight])
-    product = product_of(eqn, node.weight)
-    return [layer_rule.apply(eqn, node.weight, product, x, w, node.value)]
+    if isinstance(node, Remat):
+        return _apply_block(eqn, node, [read(v) for v in eqn.invars])
+    (weight,) = node.operands
+    x, w = read(eqn.invars[1 - weight]), read(eqn.invars[weight])
+    return [layer_rule.apply(eqn, weight, product_of(eqn, weight), x, w, node.value)]
+
+
+def _apply_block(eqn: Any, node: Remat, values: list[Any]) -> list[Any]:
+    (nodes,) = node.body.nodes
+    run = functools.partial(run_body, eqn)
+    if node.site.value is None:
+        return run(nodes, values)
+    block = block_rule.Block.of(eqn, node.site.operands)
+    return block_rule.apply(block, node.site.value, nodes, values, run)
+
+
+def run_body(eqn: Any, nodes: interpreter.Nodes, values: Sequence[Any]) -> list[Any]:
+    """The results of a `jax.checkpoint`'s body, without it."""
+    body, consts = jaxprs.open_jaxpr(eqn.params["jaxpr"])
+    return interpreter.run(body, consts, nodes, values, _apply)
 
 
 # --- checking ------------------------------------------------------------------------------------
@@ -318,11 +149,23 @@ def check(factors: Factors, found: Found) -> None:
 
 
 def _misfits(path: str, factors: LayerFactors, use: Use) -> Iterator[str]:
-    product, where = use.product, f"factors[{path!r}]"
+    where = f"factors[{path!r}]"
+    yield from _misfitting_bases(where, factors, use)
+    if isinstance(use.product, block_rule.Block):
+        for name in ("mean", "update", "frozen"):
+            if not (getattr(factors, name) is None or getattr(factors, name) is False):
+                yield f"{where} has {name}; a block has bases and a core_dtype alone"
+    else:
+        yield from _misfitting_rest(where, factors, use, use.product)
+
+
+def _misfitting_bases(where: str, factors: LayerFactors, use: Use) -> Iterator[str]:
+    product = use.product
     for mode, u in factors.bases.items():
         if mode not in product.modes:
             known = ", ".join(product.modes)
-            yield f"{where} has a basis of mode {mode!r}; this {product.kind} layer has {known}"
+            noun = "block" if product.kind == "block" else f"{product.kind} layer"
+            yield f"{where} has a basis of mode {mode!r}; this {noun} has {known}"
             continue
         shape = (*use.stack, *product.basis_shape(mode))
         if tuple(u.shape[:-1]) != shape or not 1 <= u.shape[-1] <= product.modes[mode]:
@@ -334,6 +177,11 @@ def _misfits(path: str, factors: LayerFactors, use: Use) -> Iterator[str]:
             yield line
         elif not jnp.issubdtype(u.dtype, jnp.floating):
             yield f"{where} has a {mode} basis of dtype {u.dtype}; it must be floating"
+
+
+def _misfitting_rest(
+    where: str, factors: LayerFactors, use: Use, product: layer_rule.Product
+) -> Iterator[str]:
     if factors.update is not None:
         u = factors.update
         shape = (*use.stack, *product.basis_shape(product.update_mode))

@@ -4,9 +4,11 @@ import functools
 
 import jax.numpy as jnp
 import numpy as np
+import reference
 from cases import inputs
 from jax import lax
 from reference import Conv, Dense
+from tolerances import assert_close
 
 import lance_jax
 
@@ -64,3 +66,22 @@ def calibrate(batches=None, params=None, apply=network, **options):
     default, x, _ = setting()
     batches = split(x, 4, 4, 2) if batches is None else batches
     return lance_jax.calibrate(apply, params or default, batches, **options)
+
+
+def assert_bases(layer, grams, energy, dtype="float32") -> None:
+    """The bases are those of the Gram matrices: (n, n), or stacked in front for one common rank.
+
+    Orthonormal, of the smallest sufficient rank, and with the leading eigenvectors' energy:
+    together that is the leading subspace, however close its eigenvalues are.
+    """
+    assert set(layer.bases) == set(grams)
+    for mode, gram in grams.items():
+        basis = np.asarray(layer.bases[mode])
+        n = gram.shape[-1]
+        stack = gram.reshape(-1, n, n)
+        rank = max(reference.smallest_rank(one, energy) for one in stack)
+        assert basis.shape == (*gram.shape[:-1], rank), mode
+        for u, one in zip(basis.reshape(-1, n, rank).astype(np.float64), stack, strict=True):
+            assert_close(u.T @ u, np.eye(rank), dtype, what=mode)
+            leading = np.linalg.eigvalsh(one)[::-1][:rank].sum()
+            assert_close(np.trace(u.T @ one @ u), leading, dtype, np.trace(one), mode)

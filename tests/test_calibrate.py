@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from calibration import PATHS, calibrate, network, ops, setting, split
+from calibration import PATHS, assert_bases, calibrate, network, ops, setting, split
 from cases import PATH, TABLE, inputs
 from helpers import two_devices
 from jax import lax
@@ -23,25 +23,6 @@ pytestmark = pytest.mark.usefixtures("exact_products")
 @functools.cache
 def default_factors(center=False):
     return calibrate(center=center)
-
-
-def assert_bases(layer, grams, energy, dtype="float32") -> None:
-    """The bases are those of the Gram matrices: (n, n), or stacked in front for one common rank.
-
-    Orthonormal, of the smallest sufficient rank, and with the leading eigenvectors' energy:
-    together that is the leading subspace, however close its eigenvalues are.
-    """
-    assert set(layer.bases) == set(grams)
-    for mode, gram in grams.items():
-        basis = np.asarray(layer.bases[mode])
-        n = gram.shape[-1]
-        stack = gram.reshape(-1, n, n)
-        rank = max(reference.smallest_rank(one, energy) for one in stack)
-        assert basis.shape == (*gram.shape[:-1], rank), mode
-        for u, one in zip(basis.reshape(-1, n, rank).astype(np.float64), stack, strict=True):
-            assert_close(u.T @ u, np.eye(rank), dtype, what=mode)
-            leading = np.linalg.eigvalsh(one)[::-1][:rank].sum()
-            assert_close(np.trace(u.T @ one @ u), leading, dtype, np.trace(one), mode)
 
 
 def grams_of(op, x, modes) -> dict[str, np.ndarray]:
@@ -172,9 +153,9 @@ def test_scanned_layers_share_the_largest_rank(remat):
         return lax.scan(jax.checkpoint(body) if remat else body, x, params["layers"]["w"])[0]
 
     params = {"layers": {"w": w}}
-    (layer,) = lance_jax.layers(apply, params, x)
+    *_, layer = lance_jax.layers(apply, params, x)
     assert (layer.path, layer.input_shape, layer.weight_shape) == ("layers/w", (8, 6), (6, 6))
-    fac = calibrate([jnp.asarray(x)], params, apply, energy=0.8)
+    fac = calibrate([jnp.asarray(x)], params, apply, energy=0.8, select="layers/w")
     grams, hidden = [], x.astype(np.float64)
     for one in w:
         grams.append(hidden.T @ hidden)

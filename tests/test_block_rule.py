@@ -1,0 +1,417 @@
+"""Blocks recomputed from their cores: their gradients, what they keep, and what they refuse."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from block_networks import BLOCKED, BLOCKS, block_inputs, loss_of, reference_gradients
+from calibration import assert_bases
+from helpers import assert_close, assert_equal, equations, orthonormal, random
+from jax import lax
+
+import lance_jax
+from lance_jax import Factors, LayerFactors
+
+DTYPES = [None, "bfloat16", "int8"]
+
+
+def blocked(net):
+    return lance_jax.blocks(net.plain, net.pattern)
+
+
+def drawn_bases(net, share, modes=None):
+    """Bases of one block for each of its modes but the batch."""
+    shape = net.before(net.params, net.x).shape
+    found = lance_jax.layers(blocked(net), net.params, net.x)
+    block = next(layer for layer in found if layer.kind == "block")
+    axes = {mode: i for i, mode in enumerate(block.modes) if mode != "batch"}
+    ranks = {mode: max(1, round(share * shape[axis])) for mode, axis in axes.items()}
+    return {mode: orthonormal(shape[axes[mode]], r, axes[mode]) for mode, r in ranks.items()}
+
+
+def factors(net, bases, core_dtype=None):
+    if net.scanned:
+        bases = {mode: jnp.stack([u] * BLOCKS) for mode, u in bases.items()}
+    return Factors({name: LayerFactors(bases, core_dtype=core_dtype) for name in net.names()})
+
+
+def gradient(net, apply_fn):
+    return jax.jit(jax.grad(loss_of(apply_fn)))(net.params, net.x)
+
+
+def expanded(x, bases):
+    """x projected onto the bases of its axes, in float64; the first is the batch."""
+    x = np.asarray(x, np.float64)
+    for axis, u in enumerate(bases.values(), 1):
+        u = np.asarray(u, np.float64)
+        x = np.moveaxis(np.tensordot(x, u @ u.T, (axis, 0)), -1, axis)
+    return x
+
+
+@pytest.mark.parametrize("name", BLOCKED)
+def test_forward_is_bit_identical(name):
+    net = BLOCKED[name]
+    for core_dtype in DTYPES:
+        fast = lance_jax.compress(blocked(net), factors(net, drawn_bases(net, 0.5), core_dtype))
+        for apply in (lambda f: f, jax.jit):
+            assert_equal(apply(fast)(net.params, net.x), apply(net.plain)(net.params, net.x))
+
+
+@pytest.mark.parametrize("name", BLOCKED)
+def test_whole_inputs_are_a_checkpoint(name):
+    """With neither bases nor a smaller dtype: the same bits."""
+    net = BLOCKED[name]
+    fast = lance_jax.compress(blocked(net), factors(net, {}), masks=False)
+    assert_equal(gradient(net, fast), gradient(net, blocked(net)))
+
+
+@pytest.mark.parametrize("name", BLOCKED)
+def test_full_bases_are_a_checkpoint_to_rounding(name):
+    net = BLOCKED[name]
+    fast = lance_jax.compress(blocked(net), factors(net, drawn_bases(net, 1.0)))
+    assert_close(gradient(net, fast), gradient(net, net.plain), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", BLOCKED)
+def test_gradients_are_those_at_the_expanded_core(name):
+    net = BLOCKED[name]
+    bases = drawn_bases(net, 0.6)
+    fast = lance_jax.compress(blocked(net), factors(net, bases))
+    want = reference_gradients(net, lambda x, i: expanded(x, bases))
+    got = gradient(net, fast)
+    assert_close(got, jax.tree.map(jnp.float32, want), rtol=1e-3, atol=1e-4)
+    # or the test could not tell the core from the input
+    exact = reference_gradients(net, lambda x, i: x)
+    name = net.names()[0]
+    for one, other in zip(*map(jax.tree.leaves, (want[name], exact[name])), strict=True):
+        assert np.abs(one - other).max() > 0.01 * np.abs(other).max()
+
+
+@pytest.mark.parametrize("core_dtype", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("name", BLOCKED)
+def test_gradients_are_those_at_the_stored_core(name, core_dtype):
+    net = BLOCKED[name]
+    fast = lance_jax.compress(blocked(net), factors(net, {}, core_dtype))
+    inputs = block_inputs(net, net.params, net.x)
+    stored = [reference.stored(np.asarray(x, np.float32), core_dtype) for x in inputs]
+    want = reference_gradients(net, lambda x, i: jnp.asarray(stored[i], "float64"))
+    got = gradient(net, fast)
+    assert_close(got, jax.tree.map(jnp.float32, want), rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", BLOCKED)
+def test_error_falls_with_rank_and_bits(name):
+    net = BLOCKED[name]
+    exact = gradient(net, net.plain)
+
+    def error(bases, core_dtype):
+        got = gradient(net, lance_jax.compress(blocked(net), factors(net, bases, core_dtype)))
+        pairs = zip(*map(jax.tree.leaves, (got, exact)), strict=True)
+        return float(np.sqrt(sum(np.sum((a - b) ** 2) for a, b in pairs)))
+
+    by_bits = [error({}, core_dtype) for core_dtype in ("int4", "int8", None)]
+    assert by_bits[0] > by_bits[1] > by_bits[2]
+    by_rank = []
+    for energy in (0.3, 0.9, 0.999, 1.0):
+        pattern = [f"^{name}$" for name in net.names()]
+        own = lance_jax.calibrate(blocked(net), net.params, [net.x], select=pattern, energy=energy)
+        got = gradient(net, lance_jax.compress(blocked(net), own))
+        pairs = zip(*map(jax.tree.leaves, (got, exact)), strict=True)
+        by_rank.append(float(np.sqrt(sum(np.sum((a - b) ** 2) for a, b in pairs))))
+    assert by_rank == sorted(by_rank, reverse=True)
+    assert by_rank[0] > 2 * by_rank[-1]
+
+
+@pytest.mark.parametrize("core_dtype", [*DTYPES, "int4"])
+@pytest.mark.parametrize("name", BLOCKED)
+def test_nothing_but_cores_is_kept(name, core_dtype):
+    net = BLOCKED[name]
+    bases = drawn_bases(net, 0.5)
+    fast = lance_jax.compress(blocked(net), factors(net, bases, core_dtype))
+    vg = lance_jax.value_and_grad(loss_of(fast), trainable="^block")
+    _, saved = vg.forward(net.params, net.x)
+    shape = net.before(net.params, net.x).shape
+    core = (shape[0], *(u.shape[-1] for u in bases.values()))
+    size, channels = int(np.prod(core)), core[-1]
+    data = {
+        None: [(core, "float32")],
+        "bfloat16": [(core, "bfloat16")],
+        "int8": [(core, "int8"), ((channels,), "float32")],
+        "int4": [((-(-size // 2),), "uint8"), ((channels,), "float32")],
+    }[core_dtype]
+    stacked = [((BLOCKS, *shape), dtype) for shape, dtype in data]
+    want = stacked if net.scanned else data * BLOCKS
+    outside = [((4, 3), "float32")]  # the logits, for the loss
+    got = [(leaf.shape, str(leaf.dtype)) for leaf in saved]
+    assert sorted(got) == sorted(want + outside)
+
+
+def test_the_compiler_does_not_merge_the_recomputed_forward_with_the_first():
+    """Neither in the second phase nor in one program.
+
+    Where what is kept is exact it could: XLA's CPU compiler does so with that of `jax.checkpoint`.
+    """
+    net = BLOCKED["residual"]
+    forward, backward = 1 + 2 * BLOCKS, 2 * 2 * BLOCKS + 1  # of the stem dW alone
+    again = 2 * BLOCKS
+
+    def convolutions(function, *args):
+        options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+        compiled = jax.jit(function).lower(*args).compile(compiler_options=options)
+        return len(re.findall(r" convolution\(|__cudnn\$conv", compiled.as_text()))
+
+    assert convolutions(jax.grad(loss_of(net.plain)), net.params, net.x) == forward + backward
+    for core_dtype in (None, "int8"):
+        fast = lance_jax.compress(blocked(net), factors(net, {}, core_dtype))
+        vg = lance_jax.value_and_grad(loss_of(fast))
+        _, saved = vg.forward(net.params, net.x)
+        assert convolutions(vg.backward, saved, net.params, net.x) == again + backward
+        whole = convolutions(jax.grad(loss_of(fast)), net.params, net.x)
+        assert whole == forward + again + backward
+
+
+# --- what else goes in and out -------------------------------------------------------------------
+
+W = random(5, 5) / 3
+
+
+def with_dropout(params, x, key, ids, training):
+    """Two blocks with a key, integers, a mask of booleans and an auxiliary output."""
+    statistics = {}
+    for i, name in enumerate(("block0", "block1")):
+
+        def block(w, x, key, mask, mean, i=i):
+            h = jnp.where(mask[:, None], jnp.sin(x @ w), 0.0) + mean
+            kept = jax.random.bernoulli(jax.random.fold_in(key, i), 0.5, h.shape)
+            return jnp.where(kept, h * 2, 0.0), 0.9 * mean + 0.1 * h.mean(0)
+
+        x, statistics[name] = jax.checkpoint(block)(
+            params[name], x, key, ids > 1, params["mean"][name]
+        )
+    return x.sum(), statistics
+
+
+AUX = {"block0": W, "block1": W + 1, "mean": {name: random(5) for name in ("block0", "block1")}}
+
+
+def test_keys_masks_and_statistics():
+    x, key, ids = random(4, 5), jax.random.key(3), jnp.arange(4)
+    found = lance_jax.layers(with_dropout, AUX, x, key, ids, True)
+    names = [layer.path for layer in found if layer.kind == "block"]
+    assert len(names) == 2
+    assert [layer.inputs for layer in found if layer.kind == "block"] == [((4, 5),)] * 2
+
+    def run(apply):
+        def loss(params):
+            return apply(params, x, key, ids, True)
+
+        return jax.value_and_grad(loss, has_aux=True)(AUX)
+
+    (value, statistics), grads = run(with_dropout)
+    whole = Factors({name: LayerFactors({}) for name in names})
+    (got, got_statistics), got_grads = run(lance_jax.compress(with_dropout, whole))
+    assert_equal((got, got_statistics), (value, statistics))
+    assert_close(got_grads, grads)
+    # statistics are those of the true forward pass, whatever is kept
+    coarse = Factors({name: LayerFactors({"feature": orthonormal(5, 1)}) for name in names})
+    (got, got_statistics), got_grads = run(lance_jax.compress(with_dropout, coarse))
+    assert_equal((got, got_statistics), (value, statistics))
+    assert not np.allclose(got_grads["block1"], grads["block1"])
+
+
+def test_a_block_of_integers_keeps_nothing():
+    """An embedding enters by its tokens alone."""
+
+    def apply(params, tokens):
+        return jax.checkpoint(lambda p, t: jnp.sin(p["table"][t]) @ p["w"])(params["e"], tokens)
+
+    params = {"e": {"table": random(7, 5), "w": W}}
+    tokens = jnp.array([[1, 2], [3, 6]])
+    block, *_ = lance_jax.layers(apply, params, tokens)
+    assert (block.path, block.inputs, dict(block.modes)) == ("e", (), {})
+    own = lance_jax.calibrate(apply, params, [tokens])
+    loss = loss_of(lance_jax.compress(apply, own))
+    _, saved = lance_jax.value_and_grad(loss).forward(params, tokens)
+    assert [leaf.shape for leaf in saved] == [(2, 2, 5)]  # the output, for the loss
+    assert_close(jax.grad(loss)(params, tokens), jax.grad(loss_of(apply))(params, tokens))
+
+
+def test_several_activations_have_factors_of_their_own():
+    def apply(params, x, memory):
+        def block(w, x, memory):
+            return jax.nn.softmax(x @ w @ memory.swapaxes(1, 2)) @ memory
+
+        return jax.checkpoint(block)(params["a"]["w"], jnp.sin(x), jnp.cos(memory))
+
+    params, x, memory = {"a": {"w": W}}, random(2, 3, 5), random(2, 7, 5)
+    own = lance_jax.calibrate(apply, params, [(x, memory)], energy=0.8)
+    assert set(own["a"].bases) == {"0.token", "0.feature", "1.token", "1.feature"}
+    only = lance_jax.calibrate(apply, params, [(x, memory)], energy=0.8, modes=("token",))
+    assert set(only["a"].bases) == {"0.token", "1.token"}
+    loss = lambda params, x, memory: apply(params, x, memory).sum()  # noqa: E731
+    fast = lance_jax.compress(loss, only)
+    grads = jax.grad(fast)(params, x, memory)
+    u, v = only["a"].bases["0.token"], only["a"].bases["1.token"]
+
+    def at_the_core(params):
+        near = jnp.einsum("nti,tr,sr->nsi", jnp.sin(x), u, u)
+        far = jnp.einsum("nti,tr,sr->nsi", jnp.cos(memory), v, v)
+        return (jax.nn.softmax(near @ params["a"]["w"] @ far.swapaxes(1, 2)) @ far).sum()
+
+    assert_close(grads, jax.grad(at_the_core)(params))
+
+
+@pytest.mark.parametrize("name", ["residual", "transformer"])
+def test_under_vmap(name):
+    net = BLOCKED[name]
+    one_by_one = lance_jax.compress(blocked(net), factors(net, {}, "bfloat16"))
+
+    def mapped(apply_fn):
+        def loss(params, xs):
+            each = jax.vmap(lambda x: apply_fn(params, x[None])[0])(xs)
+            return jnp.sum(jnp.sin(each))
+
+        return jax.grad(loss)(net.params, net.x)
+
+    assert_close(mapped(one_by_one), gradient(net, one_by_one), rtol=1e-3, atol=1e-3)
+
+
+def test_in_a_branch():
+    net = BLOCKED["convolution"]
+
+    def apply(params, x):
+        return lax.cond(x.sum() > 1e9, net.plain, lambda p, x: net.plain(p, -x), params, x)
+
+    inside = lance_jax.blocks(apply, net.pattern)
+    names = [f"{name}{n}" for n in ("", ":2") for name in net.names()]
+    kept = Factors({name: LayerFactors({}, core_dtype="int8") for name in names})
+    got = jax.jit(jax.grad(loss_of(lance_jax.compress(inside, kept))))(net.params, net.x)
+    own = lance_jax.compress(blocked(net), factors(net, {}, "int8"))
+    assert_close(got, jax.jit(jax.grad(loss_of(own)))(net.params, -net.x))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_activations_stay_so(dtype):
+    net = BLOCKED["residual"]
+    params, x = jax.tree.map(lambda leaf: leaf.astype(dtype), (net.params, net.x))
+    fast = lance_jax.compress(blocked(net), factors(net, drawn_bases(net, 0.5), "int8"))
+    grads = jax.grad(lambda p, x: fast(p, x).sum())(params, x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype(dtype)}
+    assert_equal(fast(params, x), net.plain(params, x))
+
+
+# --- the layers inside ---------------------------------------------------------------------------
+
+
+def test_factors_of_the_layers_inside_hold_in_the_recomputed_block():
+    net = BLOCKED["residual"]
+    inner = {
+        f"{name}/{layer}": LayerFactors({"channel": orthonormal(8, 3, seed)})
+        for seed, name in enumerate(net.names())
+        for layer in ("conv1", "conv2")
+    }
+    both = Factors({**factors(net, {}), **inner})
+    got = gradient(net, lance_jax.compress(blocked(net), both))
+    want = gradient(net, lance_jax.compress(net.plain, Factors(inner)))
+    assert_close(got, want)
+
+
+def test_masks_are_packed_in_the_recomputed_block():
+    """The backward pass packs them with `masks`, and without it does not."""
+    net = BLOCKED["residual"]
+
+    def packed(masks):
+        fast = lance_jax.compress(blocked(net), factors(net, {}), masks=masks)
+        jaxpr = jax.make_jaxpr(jax.grad(loss_of(fast), 0))(net.params, net.x).jaxpr
+        return sum(eqn.outvars[0].aval.dtype == jnp.uint8 for eqn in equations(jaxpr))
+
+    assert packed(True) > 0
+    assert packed(False) == 0
+
+
+# --- calibration ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BLOCKED)
+def test_calibration_finds_each_boundarys_subspaces(name):
+    net = BLOCKED[name]
+    data = [net.x, random(*net.x.shape, seed=8)]
+    own = lance_jax.calibrate(
+        blocked(net), net.params, data, select=[f"^{n}$" for n in net.names()], energy=0.8
+    )
+    assert set(own) == set(net.names())
+    parts = [block_inputs(net, net.params, x)[:BLOCKS] for x in data]
+    inputs = [np.concatenate(both) for both in zip(*parts, strict=True)]
+
+    def grams(x):
+        unfolded = {axis: reference.unfold(x.astype(np.float64), axis) for axis in range(1, x.ndim)}
+        names = ("height", "width", "channel") if x.ndim == 4 else ("token", "feature")
+        return {n: u @ u.T for n, u in zip(names, unfolded.values(), strict=True)}
+
+    each = [grams(x) for x in inputs]
+    if net.scanned:
+        each = [{mode: np.stack([one[mode] for one in each]) for mode in each[0]}]
+    for block, expected in zip(own.values(), each, strict=True):
+        assert_bases(block, expected, 0.8)
+
+
+def test_all_that_is_outermost_is_selected_by_default():
+    net = BLOCKED["residual"]
+    own = lance_jax.calibrate(blocked(net), net.params, [net.x])
+    assert list(own) == ["stem/kernel", *net.names(), "head/kernel"]
+
+
+def test_continual_learning_takes_the_layers_inside():
+    net = BLOCKED["transformer"]
+    slices = lance_jax.continual.protect(
+        None, blocked(net), net.params, [net.x], threshold=0.9, select="^block"
+    )
+    assert all("/" in path for path in slices)
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+def test_a_policy_of_its_own_is_refused_by_name():
+    def apply(params, x):
+        policy = jax.checkpoint_policies.dots_saveable
+        return jax.checkpoint(lambda w, x: jnp.sin(x @ w), policy=policy)(params["a"]["w"], x)
+
+    params, x = {"a": {"w": W}}, random(4, 5)
+    found = lance_jax.layers(apply, params, x)
+    assert [layer.path for layer in found] == ["a/w"]
+    (skip,) = found.skipped
+    assert skip.path == "a"
+    assert re.search(
+        r"its jax\.checkpoint has a policy of its own, dots_?saveable", skip.reason, re.I
+    )
+    with pytest.raises(ValueError, match=r"factors\['a'\] cannot be compressed: its jax"):
+        lance_jax.compress(apply, {"a": LayerFactors({})})(params, x)
+    own = lance_jax.calibrate(apply, params, [x])  # its layers are there all the same
+    assert list(own) == ["a/w"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (LayerFactors({"patch": orthonormal(8, 2)}), "of mode 'patch'; this block has batch, heig"),
+        (LayerFactors({"channel": orthonormal(7, 2)}), "of shape (7, 2); it must be (8, r)"),
+        (LayerFactors({}, np.zeros((6, 5, 8))), "has mean; a block has bases and a core_dtype"),
+        (LayerFactors({}, update=orthonormal(8, 2)), "has update; a block has bases and a"),
+        (LayerFactors({}, frozen=True), "has frozen; a block has bases and a core_dtype alone"),
+    ],
+)
+def test_factors_that_do_not_fit(layer, message):
+    net = BLOCKED["residual"]
+    with pytest.raises(ValueError, match=r"^factors\['block1'\]") as error:
+        lance_jax.compress(blocked(net), {"block1": layer})(net.params, net.x)
+    assert message in str(error.value)
+
+
+def test_a_block_is_not_centred():
+    net = BLOCKED["residual"]
+    own = lance_jax.calibrate(blocked(net), net.params, [net.x], center=True)
+    assert [skip.reason for skip in own.skipped] == ["a block has no mean"] * BLOCKS

@@ -1,0 +1,163 @@
+"""`report` of networks made of blocks: what lives between the phases, and inside the second."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from block_networks import BATCH, BLOCKED, BLOCKS, loss_of
+from helpers import orthonormal, random
+
+import lance_jax
+from lance_jax import Factors, LayerFactors
+
+F32 = 4
+CORES = [None, "bfloat16", "int8", "int4"]
+
+
+def compressed(net, bases, core_dtype):
+    """(loss in blocks, factors of all blocks)."""
+    if net.scanned:
+        bases = {mode: jnp.stack([u] * BLOCKS) for mode, u in bases.items()}
+    layer = LayerFactors(bases, core_dtype=core_dtype)
+    loss = loss_of(lance_jax.blocks(net.plain, net.pattern))
+    return loss, Factors(dict.fromkeys(net.names(), layer))
+
+
+def bases_of(net):
+    last = "channel" if net.x.ndim == 4 else "feature"
+    return {last: orthonormal(8, 3)}
+
+
+@pytest.mark.parametrize("core_dtype", CORES)
+@pytest.mark.parametrize("name", BLOCKED)
+def test_predicted_bytes_are_held(name, core_dtype):
+    net = BLOCKED[name]
+    for bases in ({}, bases_of(net)):
+        loss, factors = compressed(net, bases, core_dtype)
+        report = lance_jax.report(loss, net.params, net.x, factors=factors)
+        fast = lance_jax.compress(loss, factors)
+        _, saved = lance_jax.value_and_grad(fast).forward(net.params, net.x)
+        held = sum(leaf.nbytes for leaf in saved)
+        assert abs(report.saved_bytes.total - held) <= 0.01 * held
+        rows = {row.path: row for row in report.layers}
+        kept = sum(rows[name].bytes for name in net.names())
+        inside = [row for row in report.layers if row.path.startswith("block") and "/" in row.path]
+        assert inside and all(row.bytes == 0 for row in inside)
+        assert report.saved_bytes.layer_inputs == kept + sum(
+            rows[path].bytes for path in ("stem/kernel", "head/kernel")
+        )
+
+
+@pytest.mark.parametrize("name", BLOCKED)
+def test_plain_backprop_is_counted_without_checkpoints(name):
+    net = BLOCKED[name]
+    plain = lance_jax.report(loss_of(net.plain), net.params, net.x)
+    loss, factors = compressed(net, {}, "int8")
+    for own in (None, factors):
+        blocked = lance_jax.report(loss, net.params, net.x, factors=own)
+        assert blocked.saved_bytes_backprop == plain.saved_bytes_backprop
+        assert blocked.saved_bytes.total < plain.saved_bytes.total
+    assert (plain.transient, plain.macs_recomputed) == (0, 0)
+
+
+def dense_block(params, x):
+    return jnp.sin(jnp.sin(x @ params["w"]) @ params["v"])
+
+
+def dense_net(params, x):
+    for name in ("a", "b"):
+        x = dense_block(params[name], x)
+    return x
+
+
+DENSE = {name: {"w": random(6, 20), "v": random(20, 6)} for name in ("a", "b")}
+X = random(10, 6)
+
+
+def test_transient_and_macs_by_hand():
+    """A block needs its input again, the two sines' arguments, and the inner sine's result."""
+    loss = loss_of(lance_jax.blocks(dense_net, "^[ab]"))
+    kept = LayerFactors({"feature": orthonormal(6, 2)}, core_dtype="int8")
+    report = lance_jax.report(loss, DENSE, X, factors={"a": kept, "b": kept})
+    by_hand = F32 * 10 * (6 + 20 + 20 + 6)
+    assert report.transient == by_hand
+    assert report.macs_recomputed == 2 * 10 * (6 * 20 + 20 * 6)
+    row = next(row for row in report.layers if row.path == "b")
+    assert (row.kind, row.bytes, dict(row.ranks)) == ("block", 10 * 2 + 2 * F32, {"feature": 2})
+    assert (row.macs_forward, row.macs_dx) == (10 * 6 * 2, 10 * 6 * 2)
+    # of a plain jax.checkpoint the input is kept, not expanded
+    assert lance_jax.report(loss, DENSE, X).transient == by_hand - F32 * 10 * 6
+    assert f"recomputed   4,800 MACs, {by_hand:,} bytes at a time" in str(report)
+
+
+def test_layers_and_masks_inside_make_the_transient_smaller():
+    net = BLOCKED["residual"]
+    loss, factors = compressed(net, {}, "int8")
+    inner = {
+        f"{name}/{conv}": LayerFactors({"channel": orthonormal(8, 1)}, core_dtype="int8")
+        for name in net.names()
+        for conv in ("conv1", "conv2")
+    }
+    alone = lance_jax.report(loss, net.params, net.x, factors=factors)
+    both = lance_jax.report(loss, net.params, net.x, factors={**factors, **inner})
+    assert both.saved_bytes.total == alone.saved_bytes.total
+    assert both.transient < 0.75 * alone.transient
+    size = BATCH * 6 * 5 * 8
+    # the block's input, the input of its second convolution, and two packed masks
+    assert alone.transient == F32 * 2 * size + 2 * size // 8
+
+
+def test_blocks_that_no_gradient_passes_keep_nothing():
+    net = BLOCKED["residual"]
+    loss, factors = compressed(net, {}, "int8")
+    trainable = ["^block2", "^head"]
+    report = lance_jax.report(loss, net.params, net.x, factors=factors, trainable=trainable)
+    assert [row.path for row in report.layers if row.kind == "block"] == ["block2"]
+    fast = lance_jax.compress(loss, factors)
+    vg = lance_jax.value_and_grad(fast, trainable=trainable)
+    _, saved = vg.forward(net.params, net.x)
+    assert report.saved_bytes.total == sum(leaf.nbytes for leaf in saved)
+    assert [leaf.dtype for leaf in saved].count(jnp.int8) == 1
+
+
+def test_the_compilers_own_count_falls_with_smaller_blocks():
+    """Of the second phase: its temporary memory, which on a CPU is more than what must be held."""
+    width, depth = 64, 8
+    params = {
+        f"l{i}": {"w": random(width, width, seed=i) / 8, "v": random(width, width) / 8}
+        for i in range(depth)
+    }
+    x = random(256, width)
+
+    def apply(params, x):
+        for i in range(depth):
+            x = jnp.sin(jnp.cos(x @ params[f"l{i}"]["w"]) @ params[f"l{i}"]["v"])
+        return x
+
+    def grouped(size):
+        """Under names of which each stands for several layers."""
+
+        def run(stacked, x):
+            return apply({k: v for group in stacked.values() for k, v in group.items()}, x)
+
+        names = [f"l{i}" for i in range(depth)]
+        groups = {
+            f"g{i}": {name: params[name] for name in names[i : i + size]}
+            for i in range(0, depth, size)
+        }
+        return lance_jax.blocks(run, r"^g\d"), groups
+
+    counted, compiled = [], []
+    for size in (8, 4, 1):
+        run, groups = grouped(size)
+        kept = LayerFactors({}, core_dtype="int8")
+        loss, factors = loss_of(run), dict.fromkeys(groups, kept)
+        counted.append(lance_jax.report(loss, groups, x, factors=factors).transient)
+        vg = lance_jax.value_and_grad(lance_jax.compress(loss, factors))
+        _, saved = vg.forward(groups, x)
+        options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+        lowered = jax.jit(vg.backward).lower(saved, groups, x)
+        analysis = lowered.compile(compiler_options=options).memory_analysis()
+        compiled.append(analysis.temp_size_in_bytes)
+    assert counted == sorted(counted, reverse=True) and counted[-1] < counted[0] / 4
+    assert compiled == sorted(compiled, reverse=True) and compiled[-1] < compiled[0] / 2
+    assert all(own <= theirs for own, theirs in zip(counted, compiled, strict=True))
