@@ -161,7 +161,9 @@ def count(model: str, data: str, method: str, path: Path, **settings) -> None:
 def recorded(path: Path, key: dict[str, Any], config: Config) -> dict[str, Any] | None:
     """The result under this key with this configuration."""
     for record in records.read(path):
-        if key.items() <= record.items() and record["result"]["config"] == config.to_dict():
+        # what was measured before there were blocks kept layers
+        known = {"keep": "layers", **record["result"]["config"]}
+        if key.items() <= record.items() and known == config.to_dict():
             return record["result"]
     return None
 

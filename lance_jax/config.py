@@ -28,6 +28,7 @@ METHODS = ("head", "bias", "backprop", "lance")
 EVAL_SPLITS = ("test", "validation")
 UNREADABLE = ("error", "skip")
 KEPT_AS = ("", *filter(None, CORE_DTYPES))  # "" for the activation's own dtype
+KEEP = ("layers", "blocks")
 MODES = ("paper", "none", "batch", "height", "width", "channel", "patch")
 # what may change between two runs in one working directory; anything else changes the results
 FREE_FIELDS = ("method", "cache_dir")
@@ -63,7 +64,10 @@ def base() -> ml_collections.ConfigDict:
     config.momentum = 0.9
     config.clip = 2.0  # global norm of the gradient
 
-    # LANCE. `modes`: "" for the default, "paper", "none" for whole inputs, or "channel,height".
+    # LANCE. `keep`: of the inputs of the trained "layers", or of the "blocks" that they stand in,
+    # which are then recomputed. `modes`: "" for the default, "paper", "none" for whole inputs, or
+    # "channel,height".
+    config.keep = "layers"
     config.calibration_batches = 8
     config.energy = 0.96  # see docs/results.md for what others give
     config.modes = ""
@@ -133,8 +137,13 @@ def check(config: Config, workdir: str | Path) -> None:
     check_choices("model", [config.model], ("", "digits", *MODELS))
     check_choices("batch_stats", [config.get("batch_stats", "frozen")], STATISTICS)
     check_choices("eval_split", [config.eval_split], EVAL_SPLITS)
+    check_choices("keep", [config.keep], KEEP)
     check_choices("modes", names(config.modes), ("", *MODES))
     check_choices("core_dtype", [config.core_dtype], KEPT_AS)
+    if config.keep == "blocks" and "patch" in names(config.modes):
+        raise ValueError(
+            f"config.modes is {config.modes!r}, but config.keep is 'blocks': patches are of layers"
+        )
     if config.dataset == "folder":
         check_choices("unreadable", [config.unreadable], UNREADABLE)
     if (config.model == "digits") != (config.dataset == "digits"):

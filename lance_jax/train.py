@@ -17,7 +17,7 @@ import lance_jax
 from lance_jax import devices, metrics
 from lance_jax.config import Config, check, names, needs_whole_batch
 from lance_jax.loader import Loader, read_ahead
-from lance_jax.loop import Examples, Fitted, fit, for_device, loss_of
+from lance_jax.loop import ApplyFn, Examples, Fitted, fit, for_device, loss_of
 from lance_jax.memory import Report, SavedBytes
 from lance_jax.models import weights
 from lance_jax.models.network import as_variables
@@ -67,6 +67,9 @@ def run(
     return result
 
 
+BLOCKS = r"blocks_\d+|features"  # the names of the blocks in all networks here
+
+
 def fit_method(config: Config, problem: Problem, method: str, directory: Path) -> Fitted:
     """Trains one method in `directory`, or goes on there.
 
@@ -75,7 +78,7 @@ def fit_method(config: Config, problem: Problem, method: str, directory: Path) -
     """
     calibrate = {"backprop": None, "lance": calibration(config, problem)}
     return fit(
-        problem.train_fn,
+        in_blocks(problem.train_fn) if recomputes(config, method) else problem.train_fn,
         problem.params,
         problem.train,
         config,
@@ -97,6 +100,16 @@ def micro_batch(config: Config) -> int | None:
     if jax.default_backend() != "cpu":
         return config.micro_batch or config.batch_size
     return config.micro_batch
+
+
+def recomputes(config: Config, method: str) -> bool:
+    """Whether a method keeps what enters the blocks, and recomputes them."""
+    return method == "lance" and config.keep == "blocks"
+
+
+def in_blocks(apply_fn: ApplyFn) -> ApplyFn:
+    """The same network with each block under a `jax.checkpoint`."""
+    return lance_jax.blocks(for_device(apply_fn), BLOCKS)
 
 
 def trains_statistics(config: Config) -> bool:
@@ -121,15 +134,17 @@ def calibration(config: Config, problem: Problem) -> Callable[[], lance_jax.Fact
     """
     modes = {"": None, "paper": "paper", "none": ()}.get(config.modes, names(config.modes))
     core_dtype = config.core_dtype or None
+    by_block = config.keep == "blocks"
+    select = [f"^({BLOCKS})$"] if by_block else [f"^{layer}/" for layer in problem.layers]
 
     def calibrate() -> lance_jax.Factors:
         order = Loader(len(problem.train.labels), config.batch_size, config.seed)
         batches = itertools.islice(order, config.calibration_batches)
         factors = lance_jax.calibrate(
-            for_device(problem.train_fn),
+            in_blocks(problem.train_fn) if by_block else for_device(problem.train_fn),
             problem.params,
             map(jnp.asarray, read_ahead(problem.train.read, batches)),
-            select=[f"^{layer}/" for layer in problem.layers],
+            select=select,
             energy=config.energy,
             modes=modes,
             core_dtype=core_dtype,
@@ -151,6 +166,8 @@ def saved_bytes(
     `lance_jax.report`, for all the trainable layers and the whole batch.
     """
     train_fn, params, picture = problem.network
+    if recomputes(config, method):
+        train_fn = in_blocks(train_fn)
     loss = loss_of(train_fn, trains_statistics(config))
 
     def report(method: str, size: int) -> Report:

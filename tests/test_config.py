@@ -72,6 +72,8 @@ def test_one_working_directory_has_the_same_inputs(tmp_path, what):
         ({"model": "resnet"}, "config.model is 'resnet'"),
         ({"eval_split": "tset"}, "config.eval_split is 'tset'"),
         ({"core_dtype": "int3"}, "config.core_dtype is 'int3'; .*'int4'"),
+        ({"keep": "block"}, "config.keep is 'block'; it must be one of 'layers', 'blocks'"),
+        ({"keep": "blocks", "modes": "patch"}, "config.modes is 'patch', but config.keep is 'bloc"),
         ({"energy": 1.5}, "config.energy is 1.5"),
         ({"batch_size": 0}, "config.batch_size is 0; it must be at least 1"),
         ({"epochs": 0}, "config.epochs is 0"),

@@ -126,6 +126,27 @@ def test_bytes_are_ordered_and_those_that_a_step_really_keeps(results, small):
         assert held == pytest.approx(total[method], rel=0.01), method
 
 
+def test_blocks_are_recomputed_from_less_than_the_layers_keep(results, small, tmp_path):
+    """The same parameters are trained, and what is counted is held."""
+    _, _, problem = small
+    config = settings(pretrain={"epochs": 1}, keep="blocks")
+    result = train.run(config, tmp_path, "lance", problem)
+    assert set(result["ranks"]) == {"blocks_2", "blocks_3", "head/kernel"}
+    layers, params = results["lance"]
+    fitted = train.fit_method(config, problem, "lance", tmp_path / "lance")
+    assert changed(fitted.params, problem.params) == changed(params, problem.params)
+    assert result["saved_bytes_backprop"] == layers["saved_bytes_backprop"]
+    total = result["saved_bytes"]["total"]
+    assert total < layers["saved_bytes"]["total"] / 3
+    batch = problem.train.read(range(64)), jnp.asarray(problem.train.labels[:64])
+    compressed = lance_jax.compress(train.in_blocks(problem.train_fn), fitted.factors)
+    trainable = train.trainable_patterns("lance", problem.layers)
+    step = lance_jax.value_and_grad(loop.loss_of(compressed), trainable=trainable)
+    _, saved = step.forward(problem.params, jnp.asarray(batch[0]), batch[1])
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(saved))
+    assert held == pytest.approx(total, rel=0.01)
+
+
 def test_bytes_of_micro_batches(results, small):
     """A quarter of what plain backprop keeps, and each device's sum of the gradients."""
     config, workdir, problem = small

@@ -1,5 +1,6 @@
 """Fine-tuning of each kind of network: what is trained, and batch norm's statistics."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +68,41 @@ def test_methods_train_what_they_say(prepare, name):
     assert set(fitted.factors) == kernels | {"head/kernel"}
     result = train.run(config, workdir, "lance", problem)
     assert result["saved_bytes"]["total"] < result["saved_bytes_backprop"]["total"]
+
+
+IN_BLOCKS = {
+    "resnet": {"blocks_1", "blocks_2"},
+    "deit": {"blocks_1"},
+    "mobilenetv2": {"blocks_16", "features"},
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_blocks_keep_less_and_train_the_same(prepare, name):
+    config, workdir, problem = prepare(name, keep="blocks", core_dtype="int8")
+    fitted = train.fit_method(config, problem, "lance", workdir / "lance")
+    assert set(fitted.factors) == IN_BLOCKS[name] | {"head/kernel"}
+    norm = "" if name == "deit" else "_norm"
+    expected = {"head/kernel"} | ({"head/bias"} if name != "resnet" else set())
+    for layer in problem.layers:
+        expected |= {f"{layer}{norm}/bias", f"{layer}/kernel"}
+    assert changed(fitted.params, problem.params) == expected
+    by_block = train.run(config, workdir, "lance", problem)["saved_bytes"]["total"]
+    other, elsewhere, _ = prepare(name, core_dtype="int8")
+    by_layer = train.run(other, elsewhere / "layers", "lance", problem)["saved_bytes"]["total"]
+    assert by_block < by_layer
+
+
+def test_blocks_with_trained_statistics(prepare):
+    """They are those of the true inputs: the same as when layers are kept, after one step."""
+    found = []
+    for keep in ("layers", "blocks"):
+        config, workdir, problem = prepare("resnet", batch_stats="trained", keep=keep, epochs=1)
+        config.batch_size = 32  # one step
+        fitted = train.fit_method(config, problem, "lance", workdir / keep)
+        found.append(fitted.params["batch_stats"])
+    chex.assert_trees_all_close(*found, rtol=1e-6)
+    assert changed(found[0], problem.params["batch_stats"])
 
 
 def test_trained_statistics(prepare):
