@@ -4,7 +4,7 @@
   Compression through Tensor Decomposition, NeurIPS 2024, arXiv 2411.06346), as there: of all modes
   with that of the batch, cores and factors in float32. Here by a Gram matrix and `eigh` for each
   mode, which is faster than a singular value decomposition.
-* `checkpointed`: `jax.checkpoint` of every trained residual block.
+* `checkpoint_bytes`: of `jax.checkpoint` of every block (`train.in_blocks`).
 """
 
 import itertools
@@ -21,9 +21,7 @@ import lance_jax
 from lance_jax import loop, train
 from lance_jax.config import Config, names
 from lance_jax.loader import Loader
-from lance_jax.models import network as networks
-from lance_jax.models.network import Network
-from lance_jax.problem import Problem, trained_layers
+from lance_jax.problem import Problem
 
 MODES = ("batch", "height", "width", "channel")  # of a convolution's input, by axis
 Ranks = Mapping[str, Mapping[str, int]]  # path of the layer -> mode -> rank
@@ -164,51 +162,14 @@ def batch_input(config: Config, problem: Problem) -> jax.ShapeDtypeStruct:
 # --- checkpoints ----------------------------------------------------------------------------------
 
 
-def checkpointed(network: Network, first: int) -> Callable[[Any, Any], Any]:
-    """logits = f(params, inputs) of a network with classes, its blocks checkpointed.
-
-    Each block from number `first` on is a `jax.checkpoint`.
-    """
-
-    def part(**settings: Any) -> Callable[[Any, Any], Any]:
-        return networks.apply_fn(network.clone(**settings))
-
-    end = _blocks(network)
-    parts = [part(stop=first, classes=None)] if network.start < first else []
-    parts += [jax.checkpoint(part(start=i, stop=i + 1, classes=None)) for i in range(first, end)]
-    parts.append(part(start=end))
-
-    def apply(params: Any, x: Any) -> Any:
-        for run in parts:
-            x = run(params, x)
-        return x
-
-    return apply
-
-
-def _blocks(network: Network) -> int:
-    """The number behind that of the last block."""
-    whole = networks.shapes(network.clone(start=0))["params"]
-    return sum(name.startswith("blocks_") for name in whole)
-
-
 def checkpoint_bytes(config: Config, problem: Problem) -> dict[str, int]:
     """Bytes kept between the phases, and the most that one block needs when it is run again."""
-    network, (_, params, picture) = problem.whole, problem.network
-    _, first = trained_layers(network, config.trainable_layers)
+    train_fn, params, picture = problem.network
     trainable = train.trainable_patterns("backprop", problem.layers)
-    loss = loop.loss_of(checkpointed(network, first))
+    loss = loop.loss_of(train.in_blocks(train_fn))
     batch = _batch(config.batch_size, picture, problem)
-    kept = lance_jax.report(loss, params, *batch, trainable=trainable).saved_bytes_backprop.total
-    transients, x = [], batch_input(config, problem)
-    for i in range(first, _blocks(network)):
-        block = networks.apply_fn(network.clone(start=i, stop=i + 1, classes=None))
-        report = lance_jax.report(
-            lambda params, x, block=block: block(params, x).sum(), params, x, trainable=trainable
-        )
-        transients.append(report.saved_bytes_backprop.total)
-        x = jax.eval_shape(block, params, x)
-    return {"total": kept, "transient": max(transients)}
+    report = lance_jax.report(loss, params, *batch, trainable=trainable)
+    return {"total": report.saved_bytes.total, "transient": report.transient}
 
 
 def _batch(size: int, picture: tuple[int, ...], problem: Problem) -> tuple[Any, Any]:

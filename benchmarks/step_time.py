@@ -27,7 +27,7 @@ from benchmarks import arguments, finetune, records, rivals, tasks
 from lance_jax import loop, modes, quantize, train
 from lance_jax.config import Config, base
 from lance_jax.loader import Loader
-from lance_jax.problem import Problem, trained_layers
+from lance_jax.problem import Problem
 
 WARM_UP = 3  # rounds that compile
 PLAIN = "jit"
@@ -142,8 +142,7 @@ def forward(method: str, config: Config, problem: Problem) -> Callable[[Any, Any
         (ranks,) = rivals.batch_ranks(config, problem, problem.params, 1)
         return rivals.hosvd(config, problem, ranks)
     if method == "checkpoint":
-        _, first = trained_layers(problem.whole, config.trainable_layers)
-        return rivals.checkpointed(problem.whole.clone(start=first), first)
+        return train.in_blocks(problem.train_fn)
     if config.method == "backprop":
         return problem.train_fn
     lance = config.method == "lance"

@@ -5,16 +5,16 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from lance_jax import block_rule, interpreter, jaxprs, layer_rule, pointwise, residuals
+from lance_jax import block_rule, interpreter, jaxprs, layer_rule, pointwise
 from lance_jax.block_rule import Block
 from lance_jax.factors import Factors, LayerFactors, as_factors, table
 from lance_jax.layers import Found, Use, find
 from lance_jax.paths import leaves_with_path
 from lance_jax.phases import trace_phases
 from lance_jax.step import Trainable, choose
-from lance_jax.transform import check, plan, rewrite, run_body
+from lance_jax.transform import check, rewrite
+from lance_jax.transient import transient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +174,7 @@ def report(
         SavedBytes(sum(row.bytes for row in rows), total(factors, pointwise.match, False)),
         SavedBytes(sum(row.bytes_backprop for row in rows), total(Factors(), _one_bit, True)),
         factors.nbytes,
-        transient(traced, factors),
+        transient(traced, factors, trained),
         sum(use.product.macs * use.runs for use in outermost),
         rows,
     )
@@ -277,55 +277,3 @@ def kept_bytes(uses: list[Use], factors: LayerFactors) -> int:
         stored = jax.tree.leaves(jax.eval_shape(keep, use.x, one))
         total += sum(map(jaxprs.nbytes, stored)) * use.runs
     return total
-
-
-# --- what a block needs while it is recomputed ---------------------------------------------------
-
-
-def transient(traced: jaxprs.Traced, factors: Factors) -> int:
-    """Bytes that the largest block needs for its own backward pass: see `Report.transient`."""
-    nodes = plan(traced, factors, pointwise.match)
-    return max(_transients(traced.jaxpr, nodes, 0), default=0)
-
-
-def _transients(jaxpr: Any, nodes: interpreter.Nodes, depth: int) -> Iterator[int]:
-    """Of every `jax.checkpoint`; depth: the number of scans around."""
-    for i, eqn in enumerate(jaxpr.eqns):
-        bodies, node = jaxprs.bodies(eqn), nodes.get(i)
-        body = node.body if isinstance(node, interpreter.Remat) else node
-        inside = body.nodes if isinstance(body, interpreter.Body) else ({},) * len(bodies)
-        if bodies and eqn.primitive is jaxprs.prims.remat_p:
-            expanded = node.site.operands if isinstance(node, interpreter.Remat) else ()
-            entering = sum(jaxprs.nbytes(eqn.invars[j].aval) for j in expanded)
-            yield entering + _recomputed(eqn, inside[0], depth)
-        deeper = depth + (eqn.primitive is jaxprs.prims.scan_p)
-        for one, of in zip(bodies, inside, strict=True):
-            yield from _transients(one, of, deeper)
-
-
-def _recomputed(eqn: Any, nodes: interpreter.Nodes, depth: int) -> int:
-    """Bytes that a recomputed body keeps for its gradients."""
-
-    def like(site: Any) -> Any:
-        """Inside of that many scans."""
-        if not isinstance(site, interpreter.Site):
-            return site
-        stacked = sum(site.scans[:depth])
-        value = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[stacked:], a.dtype), site.value)
-        return dataclasses.replace(site, value=value, scans=site.scans[depth:])
-
-    nodes = jax.tree.map(like, nodes, is_leaf=lambda leaf: isinstance(leaf, interpreter.Site))
-    values = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
-    moving = [i for i, v in enumerate(values) if jnp.issubdtype(v.dtype, jnp.inexact)]
-
-    def kept(nodes, values):
-        def again(parts):
-            given = list(values)
-            for i, part in zip(moving, parts, strict=True):
-                given[i] = part
-            return run_body(eqn, nodes, given)
-
-        return jax.tree.leaves(jax.vjp(again, [values[i] for i in moving])[1])
-
-    jaxpr, _ = jaxprs.hoist_consts(jax.make_jaxpr(kept)(nodes, values))
-    return residuals.keep(jaxpr, jaxpr.outvars, [True] * len(jaxpr.outvars), 0).nbytes

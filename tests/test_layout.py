@@ -42,6 +42,7 @@ ORDER = [
     "phases",
     "micro_batches",
     "step",
+    "transient",
     "slices",
     "memory",
     "continual",
