@@ -39,7 +39,7 @@ def read(path: Path) -> Measured:
 
 
 def _fixed(result: dict) -> dict:
-    return {**result["config"], "seed": None}
+    return {**continual.relevant(result["config"]), "seed": None}
 
 
 # --- statistics -----------------------------------------------------------------------------------

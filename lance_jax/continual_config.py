@@ -53,7 +53,7 @@ def base() -> ml_collections.ConfigDict:
     config.scale = 10.0  # alpha of sgp and lance_scaled
     # LANCE: the share of the residual's energy that a task may use (docs/continual.md has others),
     # and what is kept of the inputs.
-    config.energy = 0.8
+    config.energy = 0.9
     config.core_dtype = "int4"  # "bfloat16", "int8", or "" for the activation's own
     # The rivals' own.
     config.ewc_strength = 10.0  # the best of 10, 100 and 1000 on a validation split of CIFAR-100
