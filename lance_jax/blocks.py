@@ -175,7 +175,7 @@ def _crossing(jaxpr: Jaxpr, operands: Sequence[Refs]) -> list[int]:
     """
     made: dict[Any, int] = {}
     for i, (eqn, refs) in enumerate(zip(jaxpr.eqns, operands, strict=True)):
-        if any(ref is None for ref in refs) or not refs:
+        if any(ref is None for ref in refs):
             made |= dict.fromkeys(eqn.outvars, i)
     last = dict.fromkeys(made, 0)
     for i, eqn in enumerate(jaxpr.eqns):

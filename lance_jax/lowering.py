@@ -14,7 +14,8 @@ def lower_for_cpu(apply_fn: Callable) -> Callable:
     other ungrouped convolutions the weight gradients become matrix products, one for each place of
     the kernel. A max-pool keeps the place of each maximum (one byte) instead of its input. The
     layers keep their paths, kinds and modes: `layers`, `calibrate`, `compress` and `lower_for_cpu`
-    go together in any order.
+    go together in any order. Where `compress` recomputes blocks, `lower_for_cpu` comes before it:
+    later it does not reach what the backward pass computes again.
 
     Args:
       apply_fn: any JAX function of (params, *args, **kwargs).

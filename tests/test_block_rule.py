@@ -62,10 +62,15 @@ def test_forward_is_bit_identical(name):
 
 @pytest.mark.parametrize("name", BLOCKED)
 def test_whole_inputs_are_a_checkpoint(name):
-    """With neither bases nor a smaller dtype: the same bits."""
+    """With neither bases nor a smaller dtype: the same bits, one operation after another.
+
+    In one program the compiler fuses differently what it merges, and rounds differently.
+    """
     net = BLOCKED[name]
     fast = lance_jax.compress(blocked(net), factors(net, {}), masks=False)
-    assert_equal(gradient(net, fast), gradient(net, blocked(net)))
+    got, want = (jax.grad(loss_of(f))(net.params, net.x) for f in (fast, blocked(net)))
+    assert_equal(got, want)
+    assert_close(gradient(net, fast), want)
 
 
 @pytest.mark.parametrize("name", BLOCKED)

@@ -84,7 +84,7 @@ def result(seed, matrix, inputs=100, held=0, total=1000, **config):
     ]  # fmt: skip
     a = np.asarray(matrix)
     return {
-        "config": {"seed": seed, **config},
+        "config": {"seed": seed, "method": "gpm", **config},
         "accuracy_matrix": matrix,
         "acc": a[-1].mean(),
         "bwt": float(np.mean(a[-1, :-1] - a.diagonal()[:-1])),
@@ -156,6 +156,17 @@ def test_runs_of_another_configuration_replace_all_of_the_former(tmp_path):
     add(path, "gpm", [result(s, m) for s, m in enumerate(GPM)])
     add(path, "gpm", [result(0, GPM[0], epochs=50)])
     assert list(continual_tables.read(path)["cifar100"]["gpm"]) == [0]
+
+
+def test_the_energy_is_lances_alone(tmp_path):
+    """Runs of other methods stay when its default changes."""
+    path = tmp_path / "continual.jsonl"
+    for method in ("gpm", "lance"):
+        add(path, method, [result(0, GPM[0], energy=0.8, method=method)])
+        add(path, method, [result(1, GPM[1], energy=0.9, method=method)])
+    measured = continual_tables.read(path)["cifar100"]
+    assert list(measured["gpm"]) == [0, 1]
+    assert list(measured["lance"]) == [1]
 
 
 def test_nothing_measured_still_renders():
