@@ -95,14 +95,12 @@ def _in_groups(core: jax.Array) -> jax.Array:
 
     Of a core with few values a channel, neighbouring channels.
     """
-    channels = core.shape[-1] if core.ndim else 1
-    if core.size < _FEW * channels:
-        channels = 1
-    columns = core.reshape(-1, channels)
+    channels = core.shape[-1] if core.ndim and core.size >= _FEW * core.shape[-1] else 1
+    columns = core.reshape(core.size // max(channels, 1), channels)
     n = -(-len(columns) // _GROUP)
-    short = -(-len(columns) // max(n, 1)) * n - len(columns)
-    filled = jnp.pad(columns, ((0, short), (0, 0)), mode="edge" if core.size else "constant")
-    return filled.reshape(n, -1 if n else 0, channels)
+    each = -(-len(columns) // n) if n else 1
+    filled = jnp.pad(columns, ((0, n * each - len(columns)), (0, 0)), mode="edge")
+    return filled.reshape(n, each, channels)
 
 
 def _ranges(low: jax.Array, high: jax.Array) -> jax.Array:
@@ -112,8 +110,8 @@ def _ranges(low: jax.Array, high: jax.Array) -> jax.Array:
 
 
 def _rows(flat: jax.Array) -> jax.Array:
-    mode = "edge" if flat.size else "constant"
-    return jnp.pad(flat, (0, -len(flat) % _GROUPS), mode=mode).reshape(-1, _GROUPS)
+    filled = jnp.pad(flat, (0, -len(flat) % _GROUPS), mode="edge")
+    return filled.reshape(len(filled) // _GROUPS, _GROUPS)
 
 
 def _in_range(low: jax.Array, high: jax.Array, ranges: jax.Array) -> jax.Array:
