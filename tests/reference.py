@@ -337,16 +337,60 @@ def rebuild(op: Op, kept, bases: Mapping[str, np.ndarray]):
 
 
 def stored(kept, core_dtype: str | None, grouped: bool = False):
-    """A core as it comes back from storage: one scale for each channel (the last axis)."""
+    """A core as it comes back from storage; int8 has one scale for each channel (the last axis)."""
     if core_dtype is None:
         return kept
     if core_dtype == "bfloat16":
         return _round_bfloat16(kept)
-    levels = {"int8": 127, "int4": 7}[core_dtype]
+    if core_dtype == "int4":
+        if grouped:  # the groups' channels stand side by side in what is stored
+            beside = np.moveaxis(kept, 0, -2)
+            back = _in_groups(beside.reshape(*beside.shape[:-2], -1))
+            return np.moveaxis(back.reshape(beside.shape), -2, 0)
+        return _in_groups(kept)
     axes = tuple(range(1 if grouped else 0, kept.ndim - 1))
-    scale = np.abs(kept).max(axes, keepdims=True) / levels
+    scale = np.abs(kept).max(axes, keepdims=True) / 127
     scale = np.where(scale > 0, scale, 1.0)
-    return np.clip(np.round(kept / scale), -levels, levels) * scale
+    return np.clip(np.round(kept / scale), -127, 127) * scale
+
+
+def _in_groups(kept):
+    """4 bits a value between a group's bounds, which are 8 bits in the range of 16 groups."""
+    channels = kept.shape[-1] if kept.size >= 16 * kept.shape[-1] else 1
+    columns = kept.reshape(-1, channels)
+    size = math.ceil(len(columns) / math.ceil(len(columns) / 28))
+    places = [
+        (slice(i, i + size), channel)
+        for channel in range(channels)
+        for i in range(0, len(columns), size)
+    ]
+    back = np.empty_like(columns)
+    for start in range(0, len(places), 16):
+        near = places[start : start + 16]
+        least = min(columns[place].min() for place in near)
+        width = (max(columns[place].max() for place in near) - least) / 255
+        for place in near:
+            values = columns[place]
+            if width == 0:
+                back[place] = least
+                continue
+            low = least + np.floor((values.min() - least) / width) * width
+            high = least + np.ceil((values.max() - least) / width) * width
+            step = (high - low) / 15
+            back[place] = low + np.round((values - low) / step) * step if step > 0 else low
+    return back.reshape(kept.shape)
+
+
+def stored_bytes(shape, core_dtype: str | None, itemsize: int = 4) -> int:
+    """Bytes of a stored core, its scales and bounds counted."""
+    size = math.prod(shape)
+    if core_dtype in (None, "bfloat16"):
+        return size * (2 if core_dtype else itemsize)
+    if core_dtype == "int8":
+        return size + 4 * shape[-1]
+    channels = shape[-1] if size >= 16 * shape[-1] else 1
+    groups = math.ceil(size // channels / 28) * channels
+    return math.ceil(size / 2) + 2 * groups + 8 * math.ceil(groups / 16)
 
 
 def _round_bfloat16(x):
