@@ -167,7 +167,8 @@ def _accuracy_targets(found: dict[str, Results]) -> Iterable[tuple[str, str, str
     def difference(ours: str, theirs: str, least: float, told: str, values=at_the_end):
         if found.get(ours) and found.get(theirs):
             mean, low, high = paired(found[ours], found[theirs], values)
-            yield told, markdown.difference(mean, low, high), _verdict(mean >= least)
+            verdict = "" if least == -np.inf else _verdict(mean >= least)
+            yield told, markdown.difference(mean, low, high), verdict
 
     yield from difference("gpm", "finetune", 5.0, "`gpm` ahead of `finetune` by 5 of BWT", changes)
     yield from difference("lance", "gpm", -0.5, "`lance` at most 0.5 behind `gpm`")

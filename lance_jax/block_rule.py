@@ -1,6 +1,7 @@
 """One block under `compress`: what it keeps of the activations that enter it, and its gradients."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -195,14 +196,7 @@ def apply(
         for i, x in zip(block.operands, block.expand(cores, factors.bases), strict=True):
             values[i] = _after(dys, x)
         moving = [i for i, value in enumerate(values) if _has_gradient(value)]
-
-        def again(parts):
-            given = list(values)
-            for i, part in zip(moving, parts, strict=True):
-                given[i] = part
-            return run(nodes, given)
-
-        _, vjp = jax.vjp(again, [values[i] for i in moving])
+        vjp = vjp_at(moving, functools.partial(run, nodes), values)
         grads: list[Any] = [None] * len(values)
         for i, grad in zip(moving, vjp(list(dys))[0], strict=True):
             grads[i] = grad
@@ -211,6 +205,20 @@ def apply(
     attach.defvjp(forward, backward)
     ys = run({}, [lax.stop_gradient(v) if _has_gradient(v) else v for v in values])
     return attach(ys, list(values), factors, nodes)
+
+
+def vjp_at(
+    places: Sequence[int], run: Callable[[Sequence[Any]], list[Any]], values: Sequence[Any]
+) -> Callable:
+    """The vjp of run(values) by the values at these places."""
+
+    def of_parts(parts: Sequence[Any]) -> list[Any]:
+        given = list(values)
+        for i, part in zip(places, parts, strict=True):
+            given[i] = part
+        return run(given)
+
+    return jax.vjp(of_parts, [values[i] for i in places])[1]
 
 
 def _has_gradient(value: Any) -> bool:

@@ -1,6 +1,7 @@
 """What a recomputed block holds while the backward pass is in it, by shapes."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lance_jax import interpreter, jaxprs, pointwise, residuals
+from lance_jax.block_rule import vjp_at
 from lance_jax.factors import Factors
 from lance_jax.interpreter import Body, Nodes, Remat, Site
 from lance_jax.jaxprs import Eqn, Jaxpr, Ref
@@ -79,13 +81,7 @@ def _recomputed(eqn: Eqn, nodes: Nodes, depth: int, wanted: Sequence[bool]) -> i
     ]
 
     def kept(nodes: Nodes, values: Sequence[Any]) -> list[Any]:
-        def again(parts: Sequence[Any]) -> list[Any]:
-            given = list(values)
-            for i, part in zip(moving, parts, strict=True):
-                given[i] = part
-            return run_body(eqn, nodes, given)
-
-        return jax.tree.leaves(jax.vjp(again, [values[i] for i in moving])[1])
+        return jax.tree.leaves(vjp_at(moving, functools.partial(run_body, eqn, nodes), values))
 
     jaxpr, _ = jaxprs.hoist_consts(jax.make_jaxpr(kept)(nodes, values))
     return residuals.keep(jaxpr, jaxpr.outvars, [True] * len(jaxpr.outvars), 0).nbytes

@@ -95,8 +95,13 @@ def test_gradients_are_those_at_the_expanded_core(name):
         assert np.abs(one - other).max() > 0.01 * np.abs(other).max()
 
 
-@pytest.mark.parametrize("core_dtype", ["bfloat16", "int8", "int4"])
-@pytest.mark.parametrize("name", BLOCKED)
+@pytest.mark.parametrize(
+    ("name", "core_dtype"),
+    [
+        *(("convolution", dtype) for dtype in ("bfloat16", "int8", "int4")),
+        *((name, "int8") for name in BLOCKED if name != "convolution"),
+    ],
+)
 def test_gradients_are_those_at_the_stored_core(name, core_dtype):
     net = BLOCKED[name]
     fast = lance_jax.compress(blocked(net), factors(net, {}, core_dtype))
@@ -107,7 +112,7 @@ def test_gradients_are_those_at_the_stored_core(name, core_dtype):
     assert_close(got, jax.tree.map(jnp.float32, want), rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", BLOCKED)
+@pytest.mark.parametrize("name", ["convolution", "scan"])
 def test_error_falls_with_rank_and_bits(name):
     net = BLOCKED[name]
     exact = gradient(net, net.plain)
@@ -120,7 +125,7 @@ def test_error_falls_with_rank_and_bits(name):
     by_bits = [error({}, core_dtype) for core_dtype in ("int4", "int8", None)]
     assert by_bits[0] > by_bits[1] > by_bits[2]
     by_rank = []
-    for energy in (0.3, 0.9, 0.999, 1.0):
+    for energy in (0.3, 0.9, 1.0):
         pattern = [f"^{name}$" for name in net.names()]
         own = lance_jax.calibrate(blocked(net), net.params, [net.x], select=pattern, energy=energy)
         got = gradient(net, lance_jax.compress(blocked(net), own))
@@ -256,9 +261,8 @@ def test_several_activations_have_factors_of_their_own():
     assert set(own["a"].bases) == {"0.token", "0.feature", "1.token", "1.feature"}
     only = lance_jax.calibrate(apply, params, [(x, memory)], energy=0.8, modes=("token",))
     assert set(only["a"].bases) == {"0.token", "1.token"}
-    loss = lambda params, x, memory: apply(params, x, memory).sum()  # noqa: E731
-    fast = lance_jax.compress(loss, only)
-    grads = jax.grad(fast)(params, x, memory)
+    fast = lance_jax.compress(apply, only)
+    grads = jax.grad(lambda params: fast(params, x, memory).sum())(params)
     u, v = only["a"].bases["0.token"], only["a"].bases["1.token"]
 
     def at_the_core(params):
@@ -269,9 +273,8 @@ def test_several_activations_have_factors_of_their_own():
     assert_close(grads, jax.grad(at_the_core)(params))
 
 
-@pytest.mark.parametrize("name", ["residual", "transformer"])
-def test_under_vmap(name):
-    net = BLOCKED[name]
+def test_under_vmap():
+    net = BLOCKED["residual"]
     one_by_one = lance_jax.compress(blocked(net), factors(net, {}, "bfloat16"))
 
     def mapped(apply_fn):
@@ -298,8 +301,8 @@ def test_in_a_branch():
     assert_close(got, jax.jit(jax.grad(loss_of(own)))(net.params, -net.x))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_low_precision_activations_stay_so(dtype):
+def test_low_precision_activations_stay_so():
+    dtype = "bfloat16"
     net = BLOCKED["residual"]
     params, x = jax.tree.map(lambda leaf: leaf.astype(dtype), (net.params, net.x))
     fast = lance_jax.compress(blocked(net), factors(net, drawn_bases(net, 0.5), "int8"))

@@ -151,6 +151,15 @@ def test_targets_say_what_is_met(measured):
     assert rows["AlexNet: all that is kept + factors at most 0.75 of `gpm`'s"] == "met"
 
 
+def test_what_has_no_target_has_no_verdict(tmp_path):
+    path = tmp_path / "continual.jsonl"
+    for method, matrices in {"lance": LANCE, "gpm_int4": GPM}.items():
+        add(path, method, [result(seed, m) for seed, m in enumerate(matrices)])
+    rows = continual_tables.targets(continual_tables.read(path)).splitlines()
+    (row,) = (row for row in rows if "no target" in row)
+    assert row.split("|")[3].strip() == ""
+
+
 def test_runs_of_another_configuration_replace_all_of_the_former(tmp_path):
     path = tmp_path / "continual.jsonl"
     add(path, "gpm", [result(s, m) for s, m in enumerate(GPM)])

@@ -88,7 +88,7 @@ def test_free_dimensions_fall(result, course):
         assert counts == sorted(counts, reverse=True) and counts[-1] >= 0
 
 
-@pytest.mark.parametrize("method", ["gpm", "gpm_int4", "lance", "lance_authors"])
+@pytest.mark.parametrize("method", ["gpm_int4", "lance"])
 def test_what_a_task_changes_is_orthogonal_to_what_earlier_tasks_need(course, method, tmp_path):
     (_, before, after), _ = learnt(course, method, tmp_path)
     slices = Slices.from_dict(before.memory["method"]["slices"])
