@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_INT8 = 127
-_INT4 = 15  # steps between the bounds of a group
-_GROUP = 28  # neighbouring values of a channel, at most, that share bounds
+_STEPS = {"int8": 255, "int4": 15}  # between the bounds of a group
+_GROUP = 32  # neighbouring values of a channel, at most, that share bounds
 _FEW = 16  # values of a channel that are too few for a group
-_GROUPS = 16  # neighbouring groups that share the range in which their bounds lie
-_BOUND = 255
+_GROUPS = 32  # neighbouring groups that share the range in which their bounds lie
+# Between the ends of a range. Two more fill a byte: its ends are rounded outwards to whole units.
+# The half keeps the greatest of values from 0 on off a whole unit, where rounding errors decide.
+_UNITS = 253.5
 
 
 @jax.tree_util.register_dataclass
@@ -21,22 +22,21 @@ _BOUND = 255
 class Stored:
     """A stored core.
 
-    data: the core itself, int8 values of its shape, or uint8 bytes of two 4-bit values each.
-    scale: of int8, float32 (channels,), one for each index of the core's last axis; of int4, a
-    `Groups`; None if not quantised.
+    data: the core itself, uint8 values of its shape, or uint8 bytes of two 4-bit values each.
+    groups: what these values mean; None if they are the core itself.
     """
 
     data: Any
-    scale: Any = None
+    groups: "Groups | None" = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """What groups of 4-bit values mean.
+    """The least and the greatest value of each group of values.
 
-    bounds: uint8 (groups, channels, 2), the least and greatest value of each group, in 255ths of
-    its range; ranges: float32 (n, 2), least and greatest of 16 groups each.
+    bounds: uint8 (2, groups, channels), both of them in units, above the least unit;
+    ranges: float32 (2, n), the unit and the least unit of 32 groups each.
     """
 
     bounds: Any
@@ -46,48 +46,32 @@ class Groups:
 def store(core: jax.Array, core_dtype: str | None) -> Stored:
     """Store a core of any shape whose last axis is its channel.
 
-    int8 is symmetric, with one scale for each core channel over the whole batch: max |core| / 127,
-    or 1 for a channel of zeros. int4 has bounds for every 28 neighbouring values of a channel, in 8
-    bits each: 4.7 bits a value in all. Both round to nearest.
+    In low bits each value is a step between the bounds of its group, at most 32 neighbouring values
+    of a channel, rounded to nearest. The bounds are 8 bits each, whole units of the range that 32
+    groups have: together .56 bits a value. Zero is a whole unit, so that zeros alone stay zeros.
     """
     if core_dtype is None:
         return Stored(core)
     if core_dtype == "bfloat16":
         return Stored(core.astype(jnp.bfloat16))
-    core = core.astype(jnp.float32)
-    if core_dtype == "int4":
-        return _store4(core)
-    scale = jnp.max(jnp.abs(core), axis=tuple(range(core.ndim - 1)), initial=0.0) / _INT8
-    scale = jnp.where(scale > 0, scale, 1.0)
-    return Stored(jnp.clip(jnp.round(core / scale), -_INT8, _INT8).astype(jnp.int8), scale)
+    columns = _in_groups(core.astype(jnp.float32))
+    low, high = columns.min(1), columns.max(1)
+    groups = _in_ranges(low, high)
+    values = _values(columns, *_ends(groups), _STEPS[core_dtype])
+    values = values.reshape(-1)[: core.size]
+    return Stored(_pack4(values) if core_dtype == "int4" else values.reshape(core.shape), groups)
 
 
 def load(stored: Stored, core_dtype: str | None, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """The core of that shape and dtype, as it was stored."""
-    if core_dtype == "int4":
-        return _load4(stored, shape).astype(dtype)
-    if core_dtype == "int8":
-        return (stored.data.astype(jnp.float32) * stored.scale).astype(dtype)
-    return stored.data.astype(dtype)
-
-
-# --- 4 bits --------------------------------------------------------------------------------------
-
-
-def _store4(core: jax.Array) -> Stored:
-    groups = _in_groups(core)
-    low, high = groups.min(1), groups.max(1)
-    ranges = _ranges(low, high)
-    bounds = _in_range(low, high, ranges)
-    values = _values(groups, *_ends(bounds, ranges))
-    return Stored(_pack4(values.reshape(-1)[: core.size]), Groups(bounds, ranges))
-
-
-def _load4(stored: Stored, shape: tuple[int, ...]) -> jax.Array:
+    if stored.groups is None:
+        return stored.data.astype(dtype)
     size = math.prod(shape)
-    values = _in_groups(_unpack4(stored.data, size).reshape(shape))
-    least, step = _ends(stored.scale.bounds, stored.scale.ranges)
-    return _restored(values, least, step).reshape(-1)[:size].reshape(shape)
+    data = _unpack4(stored.data, size).reshape(shape) if core_dtype == "int4" else stored.data
+    least, width = _ends(stored.groups)
+    columns = _in_groups(data).astype(jnp.float32)
+    columns = least[:, None] + columns * (width / _STEPS[core_dtype])[:, None]
+    return columns.reshape(-1)[:size].reshape(shape).astype(dtype)
 
 
 def _in_groups(core: jax.Array) -> jax.Array:
@@ -103,47 +87,41 @@ def _in_groups(core: jax.Array) -> jax.Array:
     return filled.reshape(n, each, channels)
 
 
-def _ranges(low: jax.Array, high: jax.Array) -> jax.Array:
-    """(n, 2): the ends of neighbouring groups, along a channel and then the next."""
-    least, greatest = (_rows(ends.T.reshape(-1)) for ends in (low, high))
-    return jnp.stack([least.min(1), greatest.max(1)], 1)
+def _in_ranges(low: jax.Array, high: jax.Array) -> Groups:
+    """The groups of these ends, rounded outwards to whole units of the range that they are in."""
+    least, greatest = _rows(low).min(1), _rows(high).max(1)
+    unit = (greatest - least) / _UNITS
+    unit = jnp.where(unit > 0, unit, jnp.abs(least))  # of values that are all the same
+    unit = jnp.where(unit > 0, unit, 1.0)
+    ranges = jnp.stack([unit, jnp.floor(least / unit)])
+    unit, least = _each(ranges, low.shape)
+    bounds = jnp.stack([jnp.floor(low / unit), jnp.ceil(high / unit)]) - least
+    return Groups(jnp.clip(bounds, 0, 255).astype(jnp.uint8), ranges)
 
 
-def _rows(flat: jax.Array) -> jax.Array:
-    filled = jnp.pad(flat, (0, -len(flat) % _GROUPS), mode="edge")
-    return filled.reshape(len(filled) // _GROUPS, _GROUPS)
+def _rows(ends: jax.Array) -> jax.Array:
+    flat = ends.reshape(-1)
+    return jnp.pad(flat, (0, -flat.size % _GROUPS), mode="edge").reshape(-1, _GROUPS)
 
 
-def _in_range(low: jax.Array, high: jax.Array, ranges: jax.Array) -> jax.Array:
-    """uint8 (groups, channels, 2): ends in 255ths of their ranges, rounded outwards."""
-    least, step = _steps(ranges, low.shape)
-    outwards = jnp.stack([jnp.floor((low - least) / step), jnp.ceil((high - least) / step)], -1)
-    return jnp.clip(outwards, 0, _BOUND).astype(jnp.uint8)
+def _each(ranges: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The range that each group is in: (2, *shape)."""
+    return jnp.repeat(ranges, _GROUPS, 1)[:, : math.prod(shape)].reshape(2, *shape)
 
 
-def _ends(bounds: jax.Array, ranges: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(least, width of a step) of each group's values: (groups, channels)."""
-    least, step = _steps(ranges, bounds.shape[:2])
-    low, high = jnp.moveaxis(bounds.astype(jnp.float32), -1, 0)
-    return least + low * step, (high - low) * step / _INT4
+def _ends(groups: Groups) -> tuple[jax.Array, jax.Array]:
+    """(least, width) of each group: (groups, channels)."""
+    unit, least = _each(groups.ranges, groups.bounds.shape[1:])
+    low, high = groups.bounds.astype(jnp.float32)
+    return (least + low) * unit, (high - low) * unit
 
 
-def _steps(ranges: jax.Array, shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-    """(least, width of a 255th) of the range that each group is in."""
-    count, channels = shape
-    each = jnp.repeat(ranges, _GROUPS, 0)[: count * channels].reshape(channels, count, 2)
-    least, greatest = jnp.moveaxis(each, (0, 1, 2), (2, 1, 0))
-    step = (greatest - least) / _BOUND
-    return least, jnp.where(step > 0, step, 1.0)
-
-
-def _values(groups: jax.Array, least: jax.Array, step: jax.Array) -> jax.Array:
-    places = (groups - least[:, None]) / jnp.where(step > 0, step, 1.0)[:, None]
-    return jnp.clip(jnp.round(places), 0, _INT4).astype(jnp.uint8)
-
-
-def _restored(values: jax.Array, least: jax.Array, step: jax.Array) -> jax.Array:
-    return least[:, None] + values.astype(jnp.float32) * step[:, None]
+def _values(columns: jax.Array, least: jax.Array, width: jax.Array, steps: int) -> jax.Array:
+    """The nearest of the steps between a group's bounds: uint8, (groups, values, channels)."""
+    step = jnp.where(width > 0, width / steps, 1.0)
+    # quotients of the groups: XLA would work out `least` anew for each value
+    places = columns * (1 / step)[:, None] - (least / step)[:, None]
+    return jnp.clip(jnp.round(places), 0, steps).astype(jnp.uint8)
 
 
 def _pack4(flat: jax.Array) -> jax.Array:

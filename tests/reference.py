@@ -336,61 +336,68 @@ def rebuild(op: Op, kept, bases: Mapping[str, np.ndarray]):
     return op.restore(kept)
 
 
+STEPS = {"int8": 255, "int4": 15}
+
+
 def stored(kept, core_dtype: str | None, grouped: bool = False):
-    """A core as it comes back from storage; int8 has one scale for each channel (the last axis)."""
+    """A core as it comes back from storage; of a grouped convolution, the groups come first."""
     if core_dtype is None:
         return kept
     if core_dtype == "bfloat16":
         return _round_bfloat16(kept)
-    if core_dtype == "int4":
-        if grouped:  # the groups' channels stand side by side in what is stored
-            beside = np.moveaxis(kept, 0, -2)
-            back = _in_groups(beside.reshape(*beside.shape[:-2], -1))
-            return np.moveaxis(back.reshape(beside.shape), -2, 0)
-        return _in_groups(kept)
-    axes = tuple(range(1 if grouped else 0, kept.ndim - 1))
-    scale = np.abs(kept).max(axes, keepdims=True) / 127
-    scale = np.where(scale > 0, scale, 1.0)
-    return np.clip(np.round(kept / scale), -127, 127) * scale
+    if grouped:  # the groups' channels stand side by side in what is stored
+        beside = np.moveaxis(kept, 0, -2)
+        back = _in_groups(beside.reshape(*beside.shape[:-2], -1), STEPS[core_dtype])
+        return np.moveaxis(back.reshape(beside.shape), -2, 0)
+    return _in_groups(kept, STEPS[core_dtype])
 
 
-def _in_groups(kept):
-    """4 bits a value between a group's bounds, which are 8 bits in the range of 16 groups."""
-    channels = kept.shape[-1] if kept.size >= 16 * kept.shape[-1] else 1
-    columns = kept.reshape(-1, channels)
-    size = math.ceil(len(columns) / math.ceil(len(columns) / 28))
+def _in_groups(kept, steps: int):
+    """Values in steps between their group's ends, these in whole units of the range of 32 groups.
+
+    A unit is 1 / 253.5 of the range; of a range without width its own magnitude.
+    """
+    columns = kept.reshape(-1, _stored_channels(kept.shape))
+    size = math.ceil(len(columns) / math.ceil(len(columns) / 32))
     places = [
         (slice(i, i + size), channel)
-        for channel in range(channels)
         for i in range(0, len(columns), size)
+        for channel in range(columns.shape[1])
     ]
     back = np.empty_like(columns)
-    for start in range(0, len(places), 16):
-        near = places[start : start + 16]
+    for start in range(0, len(places), 32):
+        near = places[start : start + 32]
         least = min(columns[place].min() for place in near)
-        width = (max(columns[place].max() for place in near) - least) / 255
+        greatest = max(columns[place].max() for place in near)
+        unit = (greatest - least) / 253.5 or abs(least) or 1.0
         for place in near:
-            values = columns[place]
-            if width == 0:
-                back[place] = least
-                continue
-            low = least + np.floor((values.min() - least) / width) * width
-            high = least + np.ceil((values.max() - least) / width) * width
-            step = (high - low) / 15
-            back[place] = low + np.round((values - low) / step) * step if step > 0 else low
+            low = np.floor(columns[place].min() / unit) * unit
+            high = np.ceil(columns[place].max() / unit) * unit
+            step = (high - low) / steps or 1.0
+            back[place] = low + np.round((columns[place] - low) / step) * step
     return back.reshape(kept.shape)
 
 
-def stored_bytes(shape, core_dtype: str | None, itemsize: int = 4) -> int:
-    """Bytes of a stored core, its scales and bounds counted."""
-    size = math.prod(shape)
+def _stored_channels(shape) -> int:
+    """Groups are of neighbouring values of a channel; where these are few, of the whole core."""
+    return shape[-1] if math.prod(shape) >= 16 * shape[-1] else 1
+
+
+def stored_arrays(shape, core_dtype: str | None, dtype: Any = "float32"):
+    """(shape, dtype) of each array that a stored core consists of."""
     if core_dtype in (None, "bfloat16"):
-        return size * (2 if core_dtype else itemsize)
-    if core_dtype == "int8":
-        return size + 4 * shape[-1]
-    channels = shape[-1] if size >= 16 * shape[-1] else 1
-    groups = math.ceil(size // channels / 28) * channels
-    return math.ceil(size / 2) + 2 * groups + 8 * math.ceil(groups / 16)
+        return [(tuple(shape), str(core_dtype or dtype))]
+    size, channels = math.prod(shape), _stored_channels(shape)
+    groups = math.ceil(size // channels / 32)
+    values = tuple(shape) if core_dtype == "int8" else (math.ceil(size / 2),)
+    ranges = math.ceil(groups * channels / 32)
+    return [(values, "uint8"), ((2, groups, channels), "uint8"), ((2, ranges), "float32")]
+
+
+def stored_bytes(shape, core_dtype: str | None, dtype: Any = "float32") -> int:
+    """Bytes of a stored core, its groups' bounds and ranges counted."""
+    arrays = stored_arrays(shape, core_dtype, dtype)
+    return sum(math.prod(shape) * np.dtype("uint16" if dtype == "bfloat16" else dtype).itemsize for shape, dtype in arrays)
 
 
 def _round_bfloat16(x):

@@ -145,13 +145,7 @@ def test_nothing_but_cores_is_kept(name, core_dtype):
     _, saved = vg.forward(net.params, net.x)
     shape = net.before(net.params, net.x).shape
     core = (shape[0], *(u.shape[-1] for u in bases.values()))
-    size, channels = int(np.prod(core)), core[-1]
-    data = {
-        None: [(core, "float32")],
-        "bfloat16": [(core, "bfloat16")],
-        "int8": [(core, "int8"), ((channels,), "float32")],
-        "int4": [((-(-size // 2),), "uint8"), ((channels,), "float32")],
-    }[core_dtype]
+    data = reference.stored_arrays(core, core_dtype)
     stacked = [((BLOCKS, *shape), dtype) for shape, dtype in data]
     want = stacked if net.scanned else data * BLOCKS
     outside = [((4, 3), "float32")]  # the logits, for the loss

@@ -72,7 +72,7 @@ def test_memory_is_split_into_what_is_held_and_what_rests(result):
         task["storage"]["slices"] for task in tasks
     )
     for task in tasks:
-        # int4 with its scales, of float32
+        # int4 with its bounds, of float32
         assert task["kept"]["layer_inputs"] * 7 <= task["kept"]["layer_inputs_backprop"]
         assert task["ram"]["kept"] == task["kept"]["total"] < task["kept"]["total_backprop"]
     most = max(tasks, key=lambda task: sum(task["ram"].values()))

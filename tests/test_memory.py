@@ -156,9 +156,9 @@ def test_frozen_factors_cost_nothing():
     [
         (None, 4 * 6 * 6 * 4 * F32),
         ("bfloat16", 4 * 6 * 6 * 4 * BF16),
-        ("int8", 4 * 6 * 6 * 4 + 4 * F32),  # a float32 scale for each of 4 core channels
-        # 144 values a channel in 6 groups with 2 bounds of a byte, 24 groups in 2 ranges
-        ("int4", 4 * 6 * 6 * 4 // 2 + 2 * 6 * 4 + 2 * 2 * F32),
+        # 144 values a channel in 5 groups with 2 bounds of a byte, 20 groups in a range of 2 floats
+        ("int8", 4 * 6 * 6 * 4 + 2 * 5 * 4 + 2 * F32),
+        ("int4", 4 * 6 * 6 * 4 // 2 + 2 * 5 * 4 + 2 * F32),
     ],
 )
 def test_core_dtypes(core_dtype, bytes_kept):
@@ -172,9 +172,9 @@ def test_core_dtypes(core_dtype, bytes_kept):
 @pytest.mark.parametrize(
     ("core_dtype", "bytes_kept"),
     [
-        ("int8", 6 * 24 + 24 * F32),
-        # 6 values a channel are too few: 144 in 6 groups and 1 range
-        ("int4", 6 * 24 // 2 + 2 * 6 + 2 * F32),
+        # 6 values a channel are too few: 144 values in 5 groups and a range
+        ("int8", 6 * 24 + 2 * 5 + 2 * F32),
+        ("int4", 6 * 24 // 2 + 2 * 5 + 2 * F32),
         ("bfloat16", 6 * 24 * BF16),
     ],
 )
