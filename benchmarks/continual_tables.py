@@ -167,15 +167,16 @@ def _accuracy_targets(found: dict[str, Results]) -> Iterable[tuple[str, str, str
     def difference(ours: str, theirs: str, least: float, told: str, values=at_the_end):
         if found.get(ours) and found.get(theirs):
             mean, low, high = paired(found[ours], found[theirs], values)
+            seeds = len(found[ours].keys() & found[theirs].keys())
             verdict = "" if least == -np.inf else _verdict(mean >= least)
-            yield told, markdown.difference(mean, low, high), verdict
+            yield told, f"{markdown.difference(mean, low, high)}; n = {seeds}", verdict
 
     yield from difference("gpm", "finetune", 5.0, "`gpm` ahead of `finetune` by 5 of BWT", changes)
     yield from difference("lance", "gpm", -0.5, "`lance` at most 0.5 behind `gpm`")
     if found.get("lance"):
         values = np.concatenate([changes(result) for result in found["lance"].values()])
         mean, low, high = _interval(values)
-        told = markdown.difference(mean, low, high)
+        told = f"{markdown.difference(mean, low, high)}; n = {len(found['lance'])}"
         yield "`lance`: BWT no worse than -1", told, _verdict(mean >= -1)
     yield from difference("lance_scaled", "gpm", 1.0, "`lance_scaled` 1 ahead of `gpm`")
     yield from difference("lance_scaled", "sgp", -1.0, "`lance_scaled` at most 1 behind `sgp`")

@@ -33,9 +33,9 @@ def base() -> ml_collections.ConfigDict:
 
     # What batch norm uses in evaluation. "task": the statistics of each task's training pictures,
     # stored for each task; "batch": those of the test batch itself, as in the published
-    # experiments. It hides what becomes of one picture at a time, and most of what is forgotten (in
-    # a trial 20 points of it: see docs/continual.md). "frozen": those of the first task, which
-    # later tasks train with, too.
+    # experiments. It hides what becomes of one picture at a time, and most of what is forgotten
+    # (`finetune_batch` beside `finetune` in docs/continual.md). "frozen": those of the first task,
+    # which later tasks train with, too.
     config.bn_eval = "task"
     config.test_batch = 64  # a last batch is filled up from the beginning
 

@@ -146,9 +146,19 @@ def test_targets_say_what_is_met(measured):
     }
     assert rows["`gpm` ahead of `finetune` by 5 of BWT"] == "met"
     assert rows["`lance` at most 0.5 behind `gpm`"] == "met"
+    assert rows["`lance`: BWT no worse than -1"] == "met"
     assert rows["inputs kept at most 1/7, scales counted, in every task"] == "met"
     assert rows["AlexNet: inputs kept + factors at most 0.75 of `gpm`'s"] == "met"
     assert rows["AlexNet: all that is kept + factors at most 0.75 of `gpm`'s"] == "met"
+
+
+def test_targets_say_on_how_many_seeds(measured, tmp_path):
+    assert continual_tables.targets(measured).count("; n = 2 | met") == 3
+    path = tmp_path / "one.jsonl"
+    add(path, "gpm", [result(seed, m) for seed, m in enumerate(GPM)])
+    add(path, "lance", [result(0, LANCE[0])])
+    # that of `lance` beside `gpm`, of the seed that both have, and its BWT
+    assert continual_tables.targets(continual_tables.read(path)).count("; n = 1 | met") == 2
 
 
 def test_what_has_no_target_has_no_verdict(tmp_path):

@@ -3,8 +3,6 @@
 The golden files are no part of the repository; without them these tests are skipped.
 """
 
-from pathlib import Path
-
 import jax
 import numpy as np
 import properties
@@ -12,11 +10,11 @@ import pytest
 import reference
 from cases import Case, conv, dense
 from properties import Plan
+from real_data import GOLDENS, needs_goldens
 from tolerances import assert_close
 
 import lance_jax
 
-FOLDER = Path(__file__).parents[1].parent / "shared" / "goldens"
 CONVS = ["k1s1", "k1s2", "k3s1p0", "k3s1p1", "k3s1p2d2", "k3s2p1", "k5s1p2"]
 FILES = [f"conv_{name}" for name in CONVS] + ["dense_a", "dense_b"]
 MODES = {
@@ -24,16 +22,13 @@ MODES = {
     "dense": {"b": "batch", "l": "token", "c": "feature"},
 }
 
-pytestmark = [
-    pytest.mark.usefixtures("exact_products"),
-    pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no golden files at {FOLDER}"),
-]
+pytestmark = [pytest.mark.usefixtures("exact_products"), needs_goldens]
 files = pytest.mark.parametrize("name", FILES)
 
 
 def load(name: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Case]:
     """(arrays, bases by mode, the layer as a case with the file's tensors)."""
-    with np.load(FOLDER / f"{name}.npz") as file:
+    with np.load(GOLDENS / f"{name}.npz") as file:
         golden = dict(file)
     kind = name.split("_")[0]
     x, w, dy = golden["x"], golden["weight"], golden["dy"]

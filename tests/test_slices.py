@@ -1,16 +1,12 @@
 """`complement`: new directions, orthogonal to a protected basis."""
 
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
 from cases import orthonormal
+from real_data import GOLDENS, needs_goldens
 
 from lance_jax.slices import RULES, Slices, complement
-
-FOLDER = Path(__file__).parents[1].parent / "shared" / "goldens"
-goldens = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no golden files at {FOLDER}")
 
 
 def random_gram(rng: np.random.Generator, n: int, decay: float = 0.8) -> np.ndarray:
@@ -68,10 +64,10 @@ def test_total_needs_nothing_more_where_the_basis_explains_enough():
     assert complement(gram, np.eye(4)[:, :2], 0.9, rule="total").shape == (4, 1)
 
 
-@goldens
+@needs_goldens
 @pytest.mark.parametrize("name", ["k3", "k4s2"])
 def test_authors_rule_reproduces_their_subspaces(name):
-    with np.load(FOLDER / f"continual_{name}.npz") as file:
+    with np.load(GOLDENS / f"continual_{name}.npz") as file:
         golden = dict(file)
     protected = None
     for t in range(3):
