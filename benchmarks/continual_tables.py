@@ -191,7 +191,7 @@ def _byte_targets(measured: Measured) -> Iterable[tuple[str, str, str]]:
             for result in found["lance"].values()
             for task in of(result)
         ]
-        told = "inputs kept at most 1/7, scales counted, in every task"
+        told = "inputs kept at most 1/7, bounds counted, in every task"
         yield told, f"1/{min(share):.2f}", _verdict(min(share) >= 7)
     for name, most_of_gpm, told in (
         ("cifar100", 0.75, "AlexNet"),

@@ -397,7 +397,13 @@ def stored_arrays(shape, core_dtype: str | None, dtype: Any = "float32"):
 def stored_bytes(shape, core_dtype: str | None, dtype: Any = "float32") -> int:
     """Bytes of a stored core, its groups' bounds and ranges counted."""
     arrays = stored_arrays(shape, core_dtype, dtype)
-    return sum(math.prod(shape) * np.dtype("uint16" if dtype == "bfloat16" else dtype).itemsize for shape, dtype in arrays)
+    sizes = [2 if dtype == "bfloat16" else np.dtype(dtype).itemsize for _, dtype in arrays]
+    return sum(math.prod(shape) * size for (shape, _), size in zip(arrays, sizes, strict=True))
+
+
+def side_by_side(shape):
+    """The stored shape of a grouped convolution's cores: the groups' channels together."""
+    return (*shape[1:-1], shape[0] * shape[-1])
 
 
 def _round_bfloat16(x):

@@ -143,9 +143,9 @@ def test_keeps_the_smaller_of_input_and_core(case):
         _, saved = step.forward(params, x)
         report = lance_jax.report(loss_of(case.apply), params, x, factors=factors, trainable=PATH)
     core = reference.core(case.op, x, {mode_of(case): np.asarray(layer.update)})
-    groups = case.op.groups if mode_of(case) == "patch" else 1
-    of_core = core.size + 4 * groups * core.shape[-1]
-    of_input = x.size + 4 * case.op.canonical_shape[-1]
+    shape = reference.side_by_side(core.shape) if mode_of(case) == "patch" else core.shape
+    of_core = reference.stored_bytes(shape, "int8")
+    of_input = reference.stored_bytes(case.op.canonical_shape, "int8")
     assert layer.update_core == (of_core < of_input)
     (row,) = report.layers
     assert row.bytes == min(of_core, of_input) == nbytes(jax.tree.leaves(saved))

@@ -86,7 +86,8 @@ def test_transient_and_macs_by_hand():
     assert report.transient == by_hand
     assert report.macs_recomputed == 2 * 10 * (6 * 20 + 20 * 6)
     row = next(row for row in report.layers if row.path == "b")
-    assert (row.kind, row.bytes, dict(row.ranks)) == ("block", 10 * 2 + 2 * F32, {"feature": 2})
+    kept = 10 * 2 + 2 * 1 + 2 * F32  # one group of values: two bounds, and the range they are in
+    assert (row.kind, row.bytes, dict(row.ranks)) == ("block", kept, {"feature": 2})
     assert (row.macs_forward, row.macs_dx) == (10 * 6 * 2, 10 * 6 * 2)
     # of a plain jax.checkpoint the input is kept, not expanded
     assert lance_jax.report(loss, DENSE, X).transient == by_hand - F32 * 10 * 6

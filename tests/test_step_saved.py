@@ -61,7 +61,8 @@ def test_saved_holds_no_factors_with_int8_cores():
     )
     saved = saved_of(lance_jax.compress(mlp_loss, factors), params, *batch)
     assert_holds_none_of(saved, params, batch, factors)
-    assert nbytes(saved) == 7 * (4 + 5) + 4 * (4 + 5) + math.ceil(7 * 13 / 8)
+    # Values; two bounds for each of 1 and 2 groups; the range of the bounds of each core; masks.
+    assert nbytes(saved) == 7 * (4 + 5) + 2 * (1 + 2) + 2 * 8 + math.ceil(7 * 13 / 8)
 
 
 def test_saved_holds_nothing_closed_over():
