@@ -87,7 +87,7 @@ def calibrate(
         applied where a layer has it, and to all activations that enter a block; () keeps the whole
         input of the selected layers in `core_dtype`.
       center: whether to keep the inputs' mean apart (see `LayerFactors`); not of blocks.
-      core_dtype: how cores are stored: None, "bfloat16", "int8" or "int4".
+      core_dtype: how cores are stored, as in `LayerFactors`.
 
     Returns:
       `Factors`; float32 bases (float64 for float64 inputs), stacked over scan steps for a scanned

@@ -111,7 +111,7 @@ def allocate(
         direction is (alpha + 1) s / (alpha s + 1), s its singular value relative to the largest,
         and those of all tasks are added up to 1. Gives up exact orthogonality. None: not at all.
       rule: that of `complement`: "residual" or "authors".
-      core_dtype: how inputs and cores are stored; None, "bfloat16", "int8" or "int4".
+      core_dtype: how inputs and cores are stored, as in `LayerFactors`.
 
     Returns:
       `Factors` with an `update` for each layer, or `frozen`.

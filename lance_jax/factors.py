@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey, register_pytree_with_keys_class
 
-CORE_DTYPES = (None, "bfloat16", "int8", "int4")
+CORE_DTYPES = (None, "bfloat16", "int8", "int4", "int8_stochastic", "int4_stochastic")
 
 _ORTHONORMAL = 0.05  # bases in bfloat16 are welcome
 
@@ -40,7 +40,8 @@ class LayerFactors:
         the whole input, in `core_dtype`.
       mean: the calibration mean of the input, of the input's shape without its batch axis; its
         share of the weight gradient is exact, and only the rest is projected. None: not centred.
-      core_dtype: None (the input's), "bfloat16", "int8" or "int4".
+      core_dtype: None (the input's), "bfloat16", "int8", "int4", or one of the latter two rounded
+        stochastically: "int8_stochastic", "int4_stochastic".
       update: U (D, r), with the leading axes of a basis, in the patch mode of a convolution or the
         feature mode of a dense layer: the weight gradient becomes U U^T dW, for continual learning
         (`lance_jax.continual`). Its columns are orthonormal, or shorter, or zeros. None:

@@ -358,7 +358,7 @@ def _in_groups(kept, steps: int):
     A unit is 1 / 253.5 of the range; of a range without width its own magnitude.
     """
     columns = kept.reshape(-1, _stored_channels(kept.shape))
-    size = math.ceil(len(columns) / math.ceil(len(columns) / 32))
+    size = 2 * math.ceil(len(columns) / math.ceil(len(columns) / 32) / 2)
     places = [
         (slice(i, i + size), channel)
         for i in range(0, len(columns), size)
@@ -380,7 +380,7 @@ def _in_groups(kept, steps: int):
 
 def _stored_channels(shape) -> int:
     """Groups are of neighbouring values of a channel; where these are few, of the whole core."""
-    return shape[-1] if math.prod(shape) >= 16 * shape[-1] else 1
+    return shape[-1] if shape and math.prod(shape) >= 16 * shape[-1] else 1
 
 
 def stored_arrays(shape, core_dtype: str | None, dtype: Any = "float32"):
@@ -389,7 +389,7 @@ def stored_arrays(shape, core_dtype: str | None, dtype: Any = "float32"):
         return [(tuple(shape), str(core_dtype or dtype))]
     size, channels = math.prod(shape), _stored_channels(shape)
     groups = math.ceil(size // channels / 32)
-    values = tuple(shape) if core_dtype == "int8" else (math.ceil(size / 2),)
+    values = tuple(shape) if core_dtype == "int8" else (math.ceil(size / channels / 2), channels)
     ranges = math.ceil(groups * channels / 32)
     return [(values, "uint8"), ((2, groups, channels), "uint8"), ((2, ranges), "float32")]
 
