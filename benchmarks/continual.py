@@ -41,6 +41,7 @@ HAVE_ENERGY = ("lance", "lance_scaled", "lance_authors")
 OWN_SETTINGS: dict[str, dict[str, Any]] = {"lance_authors": {"energy": 0.98}}
 # methods under settings that are not the default
 VARIANTS: dict[str, dict[str, Any]] = {
+    "lance_blocks": {"method": "lance", "keep": "blocks"},
     "lance_energy98": {"method": "lance", "energy": 0.98},
     "lance_energy80": {"method": "lance", "energy": 0.8},
     "finetune_batch": {"method": "finetune", "bn_eval": "batch"},
@@ -63,7 +64,7 @@ _DATA = {"data_dir": str(Path(tasks.WEIGHTS).parent / "tfds")}
 _SEEDS = {method: 5 if method in FIRST else 3 for method in METHODS}
 _ENERGIES = dict.fromkeys(("lance_energy98", "lance_energy80"), 5)
 BENCHMARKS = {
-    "digits": Benchmark("split_digits", {}, dict.fromkeys(METHODS, 5)),
+    "digits": Benchmark("split_digits", {}, dict.fromkeys((*METHODS, "lance_blocks"), 5)),
     "cifar100": Benchmark(
         "split_cifar100", {**_DATA, "width": 32}, _SEEDS | dict.fromkeys(VARIANTS, 3) | _ENERGIES
     ),
@@ -146,7 +147,8 @@ def cell(
 
 
 def relevant(config: dict[str, Any]) -> dict[str, Any]:
-    """What a cell's result depends on."""
+    """What a cell's result depends on; `keep` was added when most were measured."""
+    config = {"keep": "layers", **config}
     return config if config["method"] in HAVE_ENERGY else {**config, "energy": None}
 
 

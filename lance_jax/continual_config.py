@@ -52,8 +52,9 @@ def base() -> ml_collections.ConfigDict:
     config.threshold_step = 0.003
     config.scale = 10.0  # alpha of sgp and lance_scaled
     # LANCE: the share of the residual's energy that a task may use (docs/continual.md has others),
-    # and what is kept of the inputs.
+    # and what is kept: the inputs of the "layers", or of the "blocks", which are then recomputed.
     config.energy = 0.9
+    config.keep = "layers"
     config.core_dtype = "int4"  # "bfloat16", "int8", or "" for the activation's own
     # The rivals' own.
     config.ewc_strength = 10.0  # the best of 10, 100 and 1000 on a validation split of CIFAR-100
@@ -99,6 +100,7 @@ def check(config: Config, workdir: str | Path) -> None:
     settings.check_choices("model", [config.model], MODELS)
     settings.check_choices("bn_eval", [config.bn_eval], BATCH_NORM)
     settings.check_choices("eval_split", [config.eval_split], settings.EVAL_SPLITS)
+    settings.check_choices("keep", [config.keep], settings.KEEP)
     settings.check_choices("core_dtype", [config.core_dtype], settings.KEPT_AS)
     sets = settings.names(config.datasets)
     if not sets:

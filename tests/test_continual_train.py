@@ -88,9 +88,13 @@ def test_free_dimensions_fall(result, course):
         assert counts == sorted(counts, reverse=True) and counts[-1] >= 0
 
 
-@pytest.mark.parametrize("method", ["gpm_int4", "lance"])
-def test_what_a_task_changes_is_orthogonal_to_what_earlier_tasks_need(course, method, tmp_path):
-    (_, before, after), _ = learnt(course, method, tmp_path)
+@pytest.mark.parametrize(
+    ("method", "keep"), [("gpm_int4", "layers"), ("lance", "layers"), ("lance", "blocks")]
+)
+def test_what_a_task_changes_is_orthogonal_to_what_earlier_tasks_need(
+    course, method, keep, tmp_path
+):
+    (_, before, after), _ = learnt(course, method, tmp_path, keep=keep)
     slices = Slices.from_dict(before.memory["method"]["slices"])
     start, end = (dict(leaves(state.state["params"])) for state in (before, after))
     moved = 0
@@ -105,6 +109,19 @@ def test_what_a_task_changes_is_orthogonal_to_what_earlier_tasks_need(course, me
     # biases would move the outputs of earlier tasks
     for path in start.keys() - set(course[1].layers) - {"head/kernel", "head/bias"}:
         np.testing.assert_array_equal(end[path], start[path])
+
+
+def test_blocks_keep_less_than_layers(course, tmp_path):
+    """What enters the blocks is less than what enters their layers, and there are no masks."""
+    told = {}
+    for keep in ("layers", "blocks"):
+        (*_, after), _ = learnt(course, "lance", tmp_path / keep, keep=keep)
+        told[keep] = after.info["tasks"]
+    for layers, blocks in zip(told["layers"], told["blocks"], strict=True):
+        assert blocks["kept"]["total"] < 0.6 * layers["kept"]["total"]
+        assert blocks["kept"]["total_backprop"] == layers["kept"]["total_backprop"]
+    ranks = [told[keep][1]["update_ranks"] for keep in told]
+    assert ranks[0].keys() == ranks[1].keys() == set(course[1].layers)
 
 
 def leaves(params):

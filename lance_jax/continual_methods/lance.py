@@ -4,10 +4,14 @@ arXiv 2509.21617, section 4. While it trains, a layer holds these directions alo
 input what is cheapest in low precision; no slice. Biases and norms are frozen after the first task.
 `lance_scaled` lets protected directions in by their importance, as scaled gradient projection does.
 `lance_authors` counts energies as the published code does.
+
+With `config.keep` = "blocks" it holds what enters each block, in low precision, and recomputes the
+block from it; the gradients of its layers are confined there all the same.
 """
 
 import functools
 
+import lance_jax
 from lance_jax import continual
 from lance_jax.continual_methods.method import Method, Plan, Setting, weights_alone
 from lance_jax.continual_methods.projection import (
@@ -18,13 +22,19 @@ from lance_jax.continual_methods.projection import (
     storage,
     storage_scaled,
 )
-from lance_jax.factors import Factors
+from lance_jax.factors import Factors, LayerFactors
+from lance_jax.train import in_blocks
 
 
 def _plan(setting: Setting, scaled: bool = False, rule: str = "residual") -> Plan:
     config, core_dtype = setting.config, setting.config.core_dtype or None
+    by_block = config.keep == "blocks"
 
     def calibrate() -> Factors:
+        factors = by_layer()
+        return of_blocks(setting, factors, core_dtype) if by_block else factors
+
+    def by_layer() -> Factors:
         whole = inputs_in(setting, core_dtype)
         if setting.task == 0:  # nothing is protected: all directions are free
             return whole
@@ -41,7 +51,21 @@ def _plan(setting: Setting, scaled: bool = False, rule: str = "residual") -> Pla
         )
         return Factors({**whole, **factors})
 
-    return Plan(trainable=weights_alone(setting), calibrate=calibrate)
+    plan = Plan(trainable=weights_alone(setting), calibrate=calibrate)
+    return plan._replace(wrap=in_blocks) if by_block else plan
+
+
+def of_blocks(setting: Setting, factors: Factors, core_dtype: str | None) -> Factors:
+    """What enters each block, in `core_dtype`; of the layers in it, what they are confined to."""
+    apply_fn, pictures = in_blocks(setting.apply_fn), setting.pictures.read([0])
+    layers = lance_jax.layers(apply_fn, setting.params, pictures)
+    blocks = [layer.path for layer in layers if layer.kind == "block"]
+    kept = {path: LayerFactors({}, core_dtype=core_dtype) for path in blocks}
+    for path, layer in factors.items():
+        if path.startswith(tuple(f"{block}/" for block in blocks)):
+            layer = LayerFactors({}, update=layer.update, frozen=layer.frozen)
+        kept[path] = layer
+    return Factors(kept)
 
 
 lance = Method(_plan, protect, storage=storage)
