@@ -25,20 +25,17 @@ from flax.traverse_util import flatten_dict
 
 import lance_jax
 from benchmarks import arguments, records, tasks, torch_networks
+from benchmarks.networks import load
 from benchmarks.step_time import interleaved, ratio
 from lance_jax import devices, loop, train
 from lance_jax.config import base
 from lance_jax.models import network as networks
-from lance_jax.models import weights
-from lance_jax.models.mobilenet import MobileNetV2
 from lance_jax.models.network import Network
-from lance_jax.models.resnet import ResNet
 from lance_jax.problem import trained_layers
 from lance_jax.timing import least_seconds
 
 NETWORKS = ("mcunet-5fps", "mbv2-w0.35", "mobilenetv2-1.0", "resnet18")
 KINDS = ("forward", "last4", "all")
-CLASSES = 10
 CALIBRATION = 8  # batches of 32
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
@@ -61,7 +58,7 @@ def main() -> None:
 
 def measure(name: str, kind: str, size: int, rounds: int) -> dict:
     """Median seconds of every variant, and the others' ratios to each of this library's."""
-    network, params = setting(name)
+    network, params = load(name)
     pictures = tasks.pictures("cifar10", network.picture[0])
     x, y = pictures.read(range(size)), np.asarray(pictures.labels[:size], np.int64)
     if kind == "forward":
@@ -92,19 +89,6 @@ def measure(name: str, kind: str, size: int, rounds: int) -> dict:
         "versions": {**train.versions(), "torch": torch.__version__},
         "device": train.device(),
     }
-
-
-def setting(name: str) -> tuple[Network, Any]:
-    """A network with a head of ten classes, and its parameters; random where none are at hand."""
-    if name in ("mcunet-5fps", "mbv2-w0.35"):
-        network, variables = weights.load(f"{tasks.WEIGHTS}/{name}.safetensors")
-    else:
-        network = {"mobilenetv2-1.0": MobileNetV2, "resnet18": ResNet}[name](resolution=128)
-        variables = {"params": {}}
-    network = network.clone(classes=CLASSES)
-    drawn = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, *network.picture)))
-    params = networks.as_params(drawn) | networks.as_params(variables)
-    return network, params | {"head": drawn["params"]["head"]}
 
 
 def inference(network: Network, params: Any, x: np.ndarray) -> dict[str, Callable]:

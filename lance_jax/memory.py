@@ -76,7 +76,8 @@ class Report:
       transient: bytes that the backward pass holds beside the saved ones while it is in the block
         where they are most: the activations that enter, expanded, and what its recomputed forward
         pass keeps. 0 without blocks.
-      macs_recomputed: of all products in blocks, which the backward pass does again.
+      macs_recomputed: of the products in blocks that a gradient passes, which the backward pass
+        does again.
       layers: one entry for each trained layer, in order of use.
     """
 
@@ -167,15 +168,13 @@ def report(
         kwargs = {"factors": factors}
         return trace_phases(fast, chosen, has_aux, params, args, kwargs).kept.nbytes
 
-    outermost = [
-        use for uses in found.uses.values() for use in uses if use.block is None and _is_block(use)
-    ]
+    recomputed = [found.uses[row.path] for row in rows if row.kind == "block"]
     return Report(
         SavedBytes(sum(row.bytes for row in rows), total(factors, pointwise.match, False)),
         SavedBytes(sum(row.bytes_backprop for row in rows), total(Factors(), _one_bit, True)),
         factors.nbytes,
         transient(traced, factors, trained),
-        sum(use.product.macs * use.runs for use in outermost),
+        sum(use.product.macs * use.runs for uses in recomputed for use in uses),
         rows,
     )
 
@@ -203,10 +202,6 @@ def _rows(found: Found, factors: Factors, trained: set[str]) -> Iterator[LayerRe
                 yield _block_row(path, uses, factors.get(path, LayerFactors({})))
         elif own:
             yield _row(path, uses, factors.get(path))
-
-
-def _is_block(use: Use) -> bool:
-    return isinstance(use.product, Block)
 
 
 def _row(path: str, uses: list[Use], factors: LayerFactors | None) -> LayerReport:

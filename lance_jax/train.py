@@ -67,7 +67,10 @@ def run(
     return result
 
 
-BLOCKS = r"blocks_\d+|features"  # the names of the blocks in all networks here
+# The names of the blocks in all networks here. What enters the first is the batch, which is an
+# argument of the step: to keep it costs nothing, and a core of it would.
+FIRST = "stem"
+BLOCKS = rf"{FIRST}|blocks_\d+|features"
 
 
 def fit_method(config: Config, problem: Problem, method: str, directory: Path) -> Fitted:
@@ -135,7 +138,9 @@ def calibration(config: Config, problem: Problem) -> Callable[[], lance_jax.Fact
     modes = {"": None, "paper": "paper", "none": ()}.get(config.modes, names(config.modes))
     core_dtype = config.core_dtype or None
     by_block = config.keep == "blocks"
-    select = [f"^({BLOCKS})$"] if by_block else [f"^{layer}/" for layer in problem.layers]
+    select = (
+        [f"^(?!{FIRST}$)({BLOCKS})$"] if by_block else [f"^{layer}/" for layer in problem.layers]
+    )
 
     def calibrate() -> lance_jax.Factors:
         order = Loader(len(problem.train.labels), config.batch_size, config.seed)

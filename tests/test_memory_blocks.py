@@ -86,9 +86,13 @@ def test_transient_and_macs_by_hand():
     assert report.transient == by_hand
     assert report.macs_recomputed == 2 * 10 * (6 * 20 + 20 * 6)
     row = next(row for row in report.layers if row.path == "b")
-    kept = 10 * 2 + 2 * 1 + 2 * F32  # one group of values: two bounds, and the range they are in
-    assert (row.kind, row.bytes, dict(row.ranks)) == ("block", kept, {"feature": 2})
+    bytes_kept = (
+        10 * 2 + 2 * 1 + 2 * F32
+    )  # one group of values: two bounds, and the range they are in
+    assert (row.kind, row.bytes, dict(row.ranks)) == ("block", bytes_kept, {"feature": 2})
     assert (row.macs_forward, row.macs_dx) == (10 * 6 * 2, 10 * 6 * 2)
+    only_b = lance_jax.report(loss, DENSE, X, factors={"b": kept}, trainable="^b")
+    assert only_b.macs_recomputed == report.macs_recomputed / 2  # no gradient passes the other
     # of a plain jax.checkpoint the input is kept, not expanded
     assert lance_jax.report(loss, DENSE, X).transient == by_hand - F32 * 10 * 6
     assert f"recomputed   4,800 MACs, {by_hand:,} bytes at a time" in str(report)
