@@ -1,0 +1,61 @@
+"""The benchmark of what a step keeps, at a small size, on pictures of noise."""
+
+import pytest
+from samples import pictures
+
+from benchmarks import keep, networks
+from lance_jax.models.deit import DeiT
+
+WAYS = ["backprop", "checkpoint", "lance", "blocks_int8", "blocks_int4", "blocks_90"]
+WHOLE = 12
+
+
+@pytest.fixture(scope="module")
+def records():
+    """By way and micro-batch."""
+    with pytest.MonkeyPatch.context() as patch:
+        network = DeiT(resolution=16, patch=4, width=16, depth=2, heads=2)
+        patch.setitem(networks.DRAWN, "tiny", network)
+        patch.setattr(keep, "MICRO_BATCHES", (4,))
+        setting = keep.Setting("tiny", WHOLE, warm_up=2, steps=12)
+        drawn, _ = pictures(n=40, side=16)
+        found = list(keep.measure("tiny", setting, WAYS, 2, drawn))
+    return {(record["way"], record["micro_batch"]): record for record in found}
+
+
+def test_every_way_is_measured(records):
+    assert {way for way, _ in records} == set(WAYS)
+    in_parts = {way for way, size in records if size == 4}
+    assert in_parts == set(keep.IN_MICRO_BATCHES) & set(WAYS)
+    for record in records.values():
+        assert record["setting"] == "tiny" and record["seconds"] > 0
+
+
+def test_bytes_fall_from_way_to_way(records):
+    order = ["backprop", "checkpoint", "blocks_int8", "blocks_int4", "blocks_90"]
+    kept = [records[way, WHOLE]["kept"] for way in order]
+    assert kept == sorted(kept, reverse=True) and len(set(kept)) == len(kept)
+    for way, size in records:
+        record = records[way, size]
+        assert (record["transient"] > 0) == (way == "checkpoint" or way.startswith("blocks"))
+        assert (record["macs_recomputed"] > 0) == (record["transient"] > 0)
+        assert (record["sums"] > 0) == (size < WHOLE)
+        if size < WHOLE:
+            assert record["kept"] < 0.5 * records[way, WHOLE]["kept"]
+
+
+def test_gradients_are_nearer_with_more_bits(records):
+    int8, int4, cut = (records[way, WHOLE] for way in ("blocks_int8", "blocks_int4", "blocks_90"))
+    assert int8["cosine"] > 0.95 > int4["cosine"] > 0.5
+    assert int8["worst_cosine"] > int4["worst_cosine"] > cut["worst_cosine"]
+    for (way, _), record in records.items():
+        assert ("cosine" in record) == (not keep.WAYS[way].exact)
+        if "cosine" in record:
+            assert record["worst_layer"].endswith("/kernel")
+
+
+def test_losses_are_those_of_whole_batches(records):
+    exact = {records[way, size]["loss"] for way, size in records if keep.WAYS[way].exact}
+    assert len(exact) == 1
+    near = records["blocks_int8", WHOLE]["loss"]
+    assert near == pytest.approx(exact.pop(), rel=0.02)
