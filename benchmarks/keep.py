@@ -37,7 +37,7 @@ from lance_jax.problem import trained_layers
 PLAIN = "jit"  # jax.jit of jax.value_and_grad, with which times are compared
 CALIBRATION = 8  # batches
 COMPARED = 4  # batches whose gradients are compared
-LEARNING_RATE, MOMENTUM, CLIP = 0.05, 0.9, 2.0
+LEARNING_RATE, MOMENTUM, CLIP = 0.01, 0.9, 2.0
 LAST = 10  # steps whose mean loss is told
 ALL = "/(kernel|bias|scale)$"
 
@@ -48,7 +48,7 @@ class Setting(NamedTuple):
     network: str
     batch_size: int
     last: int | None = None
-    warm_up: int = 50
+    warm_up: int = 100
     steps: int = 60
 
 

@@ -19,6 +19,7 @@ from benchmarks import (
     continual_plots,
     continual_tables,
     grid,
+    keep_tables,
     markdown,
     plots,
     records,
@@ -28,7 +29,7 @@ from benchmarks import (
 from benchmarks.grid import Cell, Entry
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/results.md", "docs/continual.md")
+PAGES = ("README.md", "docs/results.md", "docs/continual.md", "docs/keep.md")
 BYTES_PLOT, SECONDS_PLOT = "docs/accuracy-bytes.svg", "docs/accuracy-seconds.svg"
 AXES = {BYTES_PLOT: "kept for one batch, kB", SECONDS_PLOT: "time of a gradient step, ms"}
 
@@ -92,6 +93,7 @@ def blocks(results: Path) -> dict[str, str]:
     milliseconds = {key: 1000 * row["seconds"] for key, row in steps.items()}
     cpu = grid.newest(records.read(results / "cpu.jsonl"), "network", "kind", "batch_size")
     learnt = continual_tables.read(results / "continual.jsonl")
+    kept = keep_tables.read(records.read(results / "keep.jsonl"))
     return {
         "sentence": accuracy_tables.sentence(measured),
         "main": accuracy_tables.main_table(measured, counted),
@@ -103,14 +105,19 @@ def blocks(results: Path) -> dict[str, str]:
         "step_time": time_tables.step_table(steps),
         "decomposition": time_tables.decomposition_table(decompositions),
         "cpu": time_tables.cpu_tables(cpu),
+        "keep_summary": keep_tables.summary(kept),
+        "keep": keep_tables.tables(kept),
+        "keep_least": keep_tables.least(kept),
+        "keep_plots": links({path: keep_tables.ALT[path] for path in keep_tables.drawings(kept)}),
         "continual_summary": continual_tables.summary(learnt),
         "continual_targets": continual_tables.targets(learnt),
         "continual": continual_tables.tables(learnt),
-        "continual_plots": "\n\n".join(
-            f"![{continual_plots.ALT[path]}]({path})"
-            for path in continual_plots.drawings(learnt.get("cifar100", {}))
-        )
-        or markdown.NOTHING,
+        "continual_plots": links(
+            {
+                path: continual_plots.ALT[path]
+                for path in continual_plots.drawings(learnt.get("cifar100", {}))
+            }
+        ),
     }
 
 
@@ -140,12 +147,18 @@ def pictures(results: Path) -> dict[str, continual_plots.Drawing]:
         for path, panels in drawings(results).items()
     }
     learnt = continual_tables.read(results / "continual.jsonl")
-    return found | continual_plots.drawings(learnt.get("cifar100", {}))
+    found |= continual_plots.drawings(learnt.get("cifar100", {}))
+    return found | keep_tables.drawings(keep_tables.read(records.read(results / "keep.jsonl")))
 
 
 def plot_links(results: Path) -> str:
     alt = {BYTES_PLOT: "Accuracy against bytes kept", SECONDS_PLOT: "Accuracy against time"}
-    return "\n\n".join(f"![{alt[path]}]({path})" for path in drawings(results)) or markdown.NOTHING
+    return links({path: alt[path] for path in drawings(results)})
+
+
+def links(alt: dict[str, str]) -> str:
+    """The plots at these paths."""
+    return "\n\n".join(f"![{alt[path]}]({path})" for path in alt) or markdown.NOTHING
 
 
 def gradient_table(rows: list[dict]) -> str:

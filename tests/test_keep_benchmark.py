@@ -3,7 +3,7 @@
 import pytest
 from samples import pictures
 
-from benchmarks import keep, networks
+from benchmarks import keep, keep_tables, networks
 from lance_jax.models.deit import DeiT
 
 WAYS = ["backprop", "checkpoint", "lance", "blocks_int8", "blocks_int4", "blocks_90"]
@@ -59,3 +59,37 @@ def test_losses_are_those_of_whole_batches(records):
     assert len(exact) == 1
     near = records["blocks_int8", WHOLE]["loss"]
     assert near == pytest.approx(exact.pop(), rel=0.02)
+
+
+def test_tables_and_plots_say_what_was_measured(records):
+    found = keep_tables.read([{**record, "setting": "vit"} for record in records.values()])
+    assert list(found) == ["vit"] and len(found["vit"]) == len(records)
+    plain, ours = records["backprop", WHOLE], records["blocks_int4", WHOLE]
+    by_hand = plain["kept"] / ours["kept"]
+    (row,) = (line for line in keep_tables.summary(found).splitlines() if "blocks, int4 |" in line)
+    assert f"| {by_hand:.1f} | {ours['cosine']:.4f} |" in row
+    rows = keep_tables.tables(found).splitlines()
+    (row,) = (line for line in rows if f"LANCE, blocks, int4 | {WHOLE}" in line)
+    peak = plain["kept"] / (ours["kept"] + ours["transient"])
+    assert f"| {by_hand:.1f} | 0.0 | {ours['transient'] / 1e3:,.1f} | {peak:.1f} |" in row
+    assert f"| {ours['loss']:.3f} |" in row
+    drawings = keep_tables.drawings(found)
+    assert set(drawings) == set(keep_tables.ALT)
+    for digest, draw in drawings.values():
+        assert digest in draw()
+
+
+def test_the_least_is_one_picture_at_a_time(records):
+    rows = [{**record, "setting": "vit"} for record in records.values()]
+    one = [{**row, "micro_batch": 1} for row in rows if row["micro_batch"] == 4]
+    text = keep_tables.least(keep_tables.read(rows + one))
+    kept = next(row for row in one if row["way"] == "blocks_int4")
+    told = (kept["kept"] + kept["factors"] + kept["transient"]) / 1e3
+    assert f"| LANCE, blocks, int4 | {told:,.0f} |" in text.splitlines()
+
+
+def test_every_way_and_setting_has_a_name():
+    assert keep_tables.WAY_NAMES.keys() == keep.WAYS.keys()
+    assert keep_tables.NAMES.keys() == keep.SETTINGS.keys()
+    assert set(keep.IN_MICRO_BATCHES) <= keep.WAYS.keys()
+    assert keep_tables.tables({}) == keep_tables.least({}) == "(not measured yet)"
