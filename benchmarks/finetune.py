@@ -38,6 +38,8 @@ METHODS = {
     "backprop2": {"method": "backprop", "trainable_layers": 2},
     "lance": {"method": "lance"},
     "lance_micro": {"method": "lance", "micro_batch": 8},
+    "blocks": {"method": "lance", "keep": "blocks", "modes": "none"},
+    "blocks_90": {"method": "lance", "keep": "blocks", "energy": 0.9},
     "paper": {"method": "lance", "modes": "paper", "energy": 0.7, "core_dtype": ""},
     "int8": {"method": "lance", "modes": "none", "core_dtype": "int8"},
     "int4": {"method": "lance", "modes": "none", "core_dtype": "int4"},
@@ -161,11 +163,14 @@ def count(model: str, data: str, method: str, path: Path, **settings) -> None:
 def recorded(path: Path, key: dict[str, Any], config: Config) -> dict[str, Any] | None:
     """The result under this key with this configuration."""
     for record in records.read(path):
-        # what was measured before there were blocks kept layers
-        known = {"keep": "layers", **record["result"]["config"]}
-        if key.items() <= record.items() and known == config.to_dict():
+        if key.items() <= record.items() and config_of(record) == config.to_dict():
             return record["result"]
     return None
+
+
+def config_of(record: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a record; what was measured before there were blocks kept layers."""
+    return {"keep": "layers", **record["result"]["config"]}
 
 
 def problem_of(config: Config) -> Problem:

@@ -35,6 +35,8 @@ METHODS = {
     "accumulate1": "micro-batches of 1",
     "lance": "LANCE",
     "lance_micro": "LANCE, micro-batches of 8",
+    "blocks": "LANCE, blocks in int4",
+    "blocks_90": "LANCE, blocks, energy 0.9",
     "paper": "LANCE, `paper` modes",
     "int8": "int8 inputs",
     "int4": "int4 inputs",
@@ -119,7 +121,7 @@ def read(path: Path) -> tuple[Measured, Measured]:
 
 def _fixed(record: dict) -> dict:
     """What the runs of one entry have in common."""
-    return {**record["result"]["config"], "seed": None}
+    return {**finetune.config_of(record), "seed": None}
 
 
 def _complete(found: dict[Entry, Runs]) -> dict[Entry, Runs]:
@@ -137,7 +139,7 @@ def _complete(found: dict[Entry, Runs]) -> dict[Entry, Runs]:
 
 def _task(runs: Runs) -> dict:
     """The configuration but for what is the method's own."""
-    config = next(iter(runs.values()))["result"]["config"]
+    config = finetune.config_of(next(iter(runs.values())))
     return {name: value for name, value in config.items() if name not in OF_METHODS}
 
 

@@ -22,6 +22,8 @@ STYLES = {
     "accumulate1": ("v", "black", "none"),
     "lance": ("o", "#d62728", "full"),
     "lance_micro": ("^", "#d62728", "full"),
+    "blocks": ("D", "#d62728", "full"),
+    "blocks_90": (">", "#d62728", "full"),
     "paper": ("P", "#d62728", "none"),
     "int8": ("s", "#1f77b4", "full"),
     "int4": ("D", "#1f77b4", "full"),

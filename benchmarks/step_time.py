@@ -147,7 +147,9 @@ def forward(method: str, config: Config, problem: Problem) -> Callable[[Any, Any
         return problem.train_fn
     lance = config.method == "lance"
     factors = train.calibration(config, problem)() if lance else lance_jax.Factors()
-    return lance_jax.compress(problem.train_fn, factors)
+    by_block = train.recomputes(config, config.method)
+    apply_fn = train.in_blocks(problem.train_fn) if by_block else problem.train_fn
+    return lance_jax.compress(apply_fn, factors)
 
 
 # --- the decomposition alone ----------------------------------------------------------------------

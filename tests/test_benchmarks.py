@@ -154,7 +154,7 @@ def assert_equal_gradients(plain, other):
 
 
 def test_step_time_measures_each_method_against_plain_backprop(tmp_path):
-    methods = ("backprop2", "lance", "checkpoint")
+    methods = ("backprop2", "lance", "blocks", "checkpoint")
     found = step_time.measure("digits", "digits", 0.9, 4, methods, **SMALL)
     assert [record["method"] for record in found] == [step_time.PLAIN, "backprop", *methods]
     for record in found:
