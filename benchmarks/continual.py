@@ -82,7 +82,7 @@ BENCHMARKS = {
     "cifar100_84px": Benchmark(
         "split_cifar100",
         {**_DATA, "model": "resnet18_narrow", "width": 20, "resolution": 84, "epochs": 1},
-        dict.fromkeys(("gpm", "gpm_int4", "lance"), 1),
+        dict.fromkeys(("gpm", "gpm_int4", "lance", "lance_energy80"), 1),
         "cifar100",
     ),
 }

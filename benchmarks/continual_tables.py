@@ -202,7 +202,7 @@ def _byte_targets(measured: Measured) -> Iterable[tuple[str, str, str]]:
             for count, kept in (("layer_inputs", "inputs kept"), ("total", "all that is kept")):
                 share = ram(here["lance"], count) / ram(here["gpm"], count)
                 wanted = f"{told}: {kept} + factors at most {most_of_gpm:g} of `gpm`'s"
-                yield wanted, f"{share:.2f}", _verdict(share <= most_of_gpm)
+                yield wanted, f"{share:.3f}", _verdict(share <= most_of_gpm)
 
 
 def _verdict(met: bool) -> str:

@@ -147,7 +147,7 @@ def test_targets_say_what_is_met(measured):
     assert rows["`gpm` ahead of `finetune` by 5 of BWT"] == "met"
     assert rows["`lance` at most 0.5 behind `gpm`"] == "met"
     assert rows["`lance`: BWT no worse than -1"] == "met"
-    assert rows["inputs kept at most 1/7, scales counted, in every task"] == "met"
+    assert rows["inputs kept at most 1/7, bounds counted, in every task"] == "met"
     assert rows["AlexNet: inputs kept + factors at most 0.75 of `gpm`'s"] == "met"
     assert rows["AlexNet: all that is kept + factors at most 0.75 of `gpm`'s"] == "met"
 
@@ -175,6 +175,14 @@ def test_runs_of_another_configuration_replace_all_of_the_former(tmp_path):
     add(path, "gpm", [result(s, m) for s, m in enumerate(GPM)])
     add(path, "gpm", [result(0, GPM[0], epochs=50)])
     assert list(continual_tables.read(path)["cifar100"]["gpm"]) == [0]
+
+
+def test_what_was_measured_before_there_were_blocks_kept_layers():
+    before, after = (
+        {"method": "lance", "energy": 0.9, **keep} for keep in ({}, {"keep": "layers"})
+    )
+    assert continual.relevant(before) == continual.relevant(after)
+    assert continual.relevant(before) != continual.relevant({**before, "keep": "blocks"})
 
 
 def test_the_energy_is_lances_alone(tmp_path):
