@@ -103,7 +103,7 @@ def most(results: Results, value: Callable[[dict], float]) -> float:
 # --- tables ---------------------------------------------------------------------------------------
 
 HEADER = ["method", "ACC, %", "to `gpm`", "BWT", "forgetting", "FWT", "inputs, kB", "held, kB"]
-HEADER += ["inputs + held", "all kept + held", "stored, kB", "n"]
+HEADER += ["inputs + held", "all kept + held", "stored, kB", "rate", "n"]
 
 
 def in_order(methods: Iterable[str]) -> list[str]:
@@ -134,8 +134,14 @@ def _row(method: str, found: dict[str, Results]) -> list[str]:
         f"{ram(results, 'layer_inputs') / 1e3:,.0f}",
         f"{ram(results, 'total') / 1e3:,.0f}",
         f"{np.mean([sum(task['storage'].values()) for task in last]) / 1e3:,.0f}",
+        ", ".join({f"{_rate(result):g}": None for result in results.values()}),
         str(len(results)),
     ]
+
+
+def _rate(result: dict) -> float:
+    """The learning rate."""
+    return result["config"]["learning_rate"][result["config"]["method"]]
 
 
 def _spread(values: list[float], sign: str = "") -> str:
@@ -227,7 +233,7 @@ def summary(measured: Measured) -> str:
     return (
         f"On Split CIFAR-100 (10 tasks, AlexNet at half width) LANCE is {to_gpm} points beside "
         f"gradient projection memory, and {to_int4} beside the same with inputs kept in int4. "
-        f"While it trains it holds {factors:.1f} MB of factors at most, and {last['lance']:.1f} MB "
-        f"in the last task, where the projection holds {bases:.1f} MB of bases, and "
+        f"While it trains it holds at most {factors:.1f} MB of factors, and {last['lance']:.1f} MB "
+        f"in the last task; the projection at most {bases:.1f} MB of bases, and "
         f"{last['gpm_int4']:.1f} MB in the last task."
     )

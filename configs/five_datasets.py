@@ -23,12 +23,16 @@ import ml_collections
 
 from lance_jax import continual_config
 
+# those of Split CIFAR-100
+RATES = {**dict.fromkeys(continual_config.METHODS, 0.2), "finetune": 0.1, "er": 0.1}
+
 
 def get_config() -> ml_collections.ConfigDict:
     config = continual_config.continual()  # all fields and their defaults
     config.method = "gpm,lance"
     config.datasets = "cifar10,mnist,svhn_cropped,fashion_mnist,notmnist"
     config.tasks = 5
+    config.learning_rate = ml_collections.ConfigDict(RATES)
     config.model = "resnet18_narrow"
     config.width = 20
     config.threshold = 0.965

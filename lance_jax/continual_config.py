@@ -64,7 +64,7 @@ def base() -> ml_collections.ConfigDict:
 
     # A line of metrics every `log_every` steps and at an epoch's end: a window.
     config.log_every = 10
-    config.checkpoint_every = 10  # windows
+    config.checkpoint_every = 2  # windows
     return config
 
 

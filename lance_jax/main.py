@@ -59,7 +59,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
         reason: object = error
         # ml_collections puts one error into another
         while isinstance(reason, AttributeError | KeyError) and reason.args:
-            reason = reason.args[0]
+            missing = isinstance(reason, KeyError) and isinstance(reason.args[0], str)
+            reason = f"there is no {reason.args[0]}" if missing else reason.args[0]
         _stop(f"the configuration cannot be read: {reason}")
 
 

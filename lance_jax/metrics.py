@@ -112,8 +112,9 @@ def show_continual_table(results: Sequence[dict[str, Any]]) -> None:
     config = results[0]["config"]
     table = Table(
         title=f"{config['datasets']}, {config['tasks']} tasks, batches of {config['batch_size']}",
-        caption="ACC: mean accuracy at the end; BWT: what later tasks did to earlier ones; kept: "
-        "from the forward to the backward pass; held: bases, projectors and replay while training",
+        caption="ACC: mean accuracy at the end; BWT: what later tasks did to earlier ones, in "
+        "points; kept: from the forward to the backward pass; held beside it while training: "
+        "factors, projectors, penalties, replay or adapters; stored: what rests between tasks",
     )
     table.add_column("method")
     for name in ("ACC", "BWT", "kept, kB", "held, kB", "stored, kB"):

@@ -34,6 +34,7 @@ def run(*arguments):
     ("arguments", "message"),
     [
         (["--config.lerning_rate.head=1"], 'Did you mean "learning_rate"'),
+        (["--config.datasets=folder"], "cannot be read: there is no 'datasets'"),
         (["--config.epochs=many"], "--config.epochs=many"),
         (["--config", "configs/no.py"], "configs/no.py"),
         (["--config", "configs/no.py", "--config.epochs=3"], "configs/no.py"),
