@@ -84,7 +84,8 @@ def result(seed, matrix, inputs=100, held=0, total=1000, **config):
     ]  # fmt: skip
     a = np.asarray(matrix)
     return {
-        "config": {"seed": seed, "method": "gpm", **config},
+        "config": {"seed": seed, "method": "gpm", "learning_rate": {"gpm": 0.1, "lance": 0.1}}
+        | config,
         "accuracy_matrix": matrix,
         "acc": a[-1].mean(),
         "bwt": float(np.mean(a[-1, :-1] - a.diagonal()[:-1])),
@@ -136,7 +137,7 @@ def test_the_table_has_a_line_for_each_method(measured):
     text = continual_tables.table(measured["cifar100"])
     lines = [line for line in text.splitlines() if line.startswith("| `")]
     assert [line.split("`")[1] for line in lines] == ["finetune", "gpm", "lance"]
-    assert "50.0 ± 0.7" in lines[2] and "+0.5 (" in lines[2] and "| 2 |" in lines[2]
+    assert "50.0 ± 0.7" in lines[2] and "+0.5 (" in lines[2] and "| 0.1 | 2 |" in lines[2]
 
 
 def test_targets_say_what_is_met(measured):
