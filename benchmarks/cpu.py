@@ -26,7 +26,7 @@ from flax.traverse_util import flatten_dict
 import lance_jax
 from benchmarks import arguments, records, tasks, torch_networks
 from benchmarks.networks import load
-from benchmarks.step_time import interleaved, ratio
+from benchmarks.step_time import interleaved, one_call, ratio
 from lance_jax import devices, loop, train
 from lance_jax.config import base
 from lance_jax.models import network as networks
@@ -169,14 +169,9 @@ def steps(
         patterns = train.trainable_patterns("lance", trained_layers(network, 4)[0])
     given, labels = jnp.asarray(x), jnp.asarray(y)
     loss = loop.loss_of(apply_fn)
-    parts = lance_jax.value_and_grad(loss, trainable=patterns)
-    trained, frozen = parts.partition(params)
-
-    @jax.jit
-    def plain(trained: Any, frozen: Any, x: jax.Array, y: jax.Array) -> Any:
-        return jax.value_and_grad(lambda t: loss(parts.merge(t, frozen), x, y))(trained)
-
-    variants: dict[str, Callable] = {"jax": lambda: plain(trained, frozen, given, labels)}
+    trained, _ = lance_jax.value_and_grad(loss, trainable=patterns).partition(params)
+    plain = one_call(loss, patterns, params)
+    variants: dict[str, Callable] = {"jax": functools.partial(plain, given, labels)}
     chosen = {}
     for name, fn in {
         "lance_jax backprop": lance_jax.lower_for_cpu(apply_fn),

@@ -13,6 +13,7 @@ are drawn at random, as no weights of theirs are at hand.
 """
 
 import argparse
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from statistics import fmean, median
@@ -25,7 +26,7 @@ import optax
 import lance_jax
 from benchmarks import arguments, networks, records, tasks
 from benchmarks.gradients import cosine
-from benchmarks.step_time import interleaved, ratio
+from benchmarks.step_time import PLAIN, interleaved, one_call, ratio
 from lance_jax import loop, train
 from lance_jax.loader import Loader
 from lance_jax.models.network import apply_fn
@@ -34,7 +35,6 @@ from lance_jax.paths import leaves_with_path
 from lance_jax.pictures import Pictures
 from lance_jax.problem import trained_layers
 
-PLAIN = "jit"  # jax.jit of jax.value_and_grad, with which times are compared
 CALIBRATION = 8  # batches
 COMPARED = 4  # batches whose gradients are compared
 LEARNING_RATE, MOMENTUM, CLIP = 0.01, 0.9, 2.0
@@ -136,13 +136,12 @@ def measure(
     """A record for each way and micro-batch."""
     problem = prepare(setting, pictures)
     steps = dict(_steps(problem, ways))
-    plain = lance_jax.value_and_grad(loss_of(problem, "everything"), trainable=problem.patterns)
-    calls: dict[Any, Callable] = {PLAIN: one_call(plain, loss_of(problem, "everything"))}
-    calls |= {key: step.gradient for key, step in steps.items()}
-    timed: dict[Any, Callable] = {
-        key: lambda x, y, call=call: call(problem.params, x, y) for key, call in calls.items()
-    }
-    seconds: Any = interleaved(timed, batches_of(problem, seed=1), rounds)
+    loss = loss_of(problem, "everything")
+    plain = lance_jax.value_and_grad(loss, trainable=problem.patterns)
+    calls: dict[Any, Callable] = {PLAIN: one_call(loss, problem.patterns, problem.params)}
+    for key, step in steps.items():
+        calls[key] = functools.partial(step.gradient, problem.params)
+    seconds: Any = interleaved(calls, batches_of(problem, seed=1), rounds)
     losses: dict[str, float] = {"exact": _loss(problem, plain)}
     for key, step in steps.items():
         way, size = WAYS[key[0]], key[1]
@@ -258,7 +257,7 @@ def factors_of(problem: Problem, way: Way) -> lance_jax.Factors | None:
         _kept_by(problem, way.keep),
         problem.params,
         seen,
-        select=[f"^{path}$" for path in inside if not path.startswith(train.FIRST)],
+        select=[f"^{path}$" for path in inside if not path.startswith(train.STEM)],
         energy=way.energy,
         modes=way.modes,
         core_dtype=way.core_dtype,
@@ -278,17 +277,6 @@ def loss_of(problem: Problem, keep: str, factors: lance_jax.Factors | None = Non
 
 def _kept_by(problem: Problem, keep: str) -> Callable:
     return train.in_blocks(problem.apply) if keep == "blocks" else loop.for_device(problem.apply)
-
-
-def one_call(parts: Any, loss: Callable) -> Callable:
-    """The gradient in one compiled program of plain JAX."""
-
-    @jax.jit
-    def gradient(params: Any, x: jax.Array, y: jax.Array) -> Any:
-        trained, frozen = parts.partition(params)
-        return jax.value_and_grad(lambda t: loss(parts.merge(t, frozen), x, y))(trained)
-
-    return gradient
 
 
 # --- what they give -------------------------------------------------------------------------------

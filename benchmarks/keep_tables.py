@@ -1,17 +1,16 @@
 """Tables and plots of what a step may keep, from results/keep.jsonl."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from benchmarks import grid, markdown, plots
+from benchmarks.continual_plots import Drawing
 from benchmarks.keep import SETTINGS, WAYS
 from benchmarks.time_tables import measured_on
 
 Rows = dict[tuple[str, int], dict]  # (way, micro-batch) -> the newest record
-Drawing = tuple[str, Callable[[], str]]  # a digest of what is drawn, and the drawing
 
 NAMES = {
     "mcunet_last4": "MCUNet, last 4 layers, batch of 64",
@@ -84,7 +83,7 @@ HEADER += ["cosine", "worst layer's", "loss"]
 
 def tables(found: dict[str, Rows]) -> str:
     """A table for each setting."""
-    parts = [f"### {NAMES[setting]}\n\n{_table(rows, HEADER)}" for setting, rows in found.items()]
+    parts = [f"### {NAMES[setting]}\n\n{_table(rows)}" for setting, rows in found.items()]
     return "\n\n".join([*parts, measured(found)]) if parts else markdown.NOTHING
 
 
@@ -137,9 +136,9 @@ def _short(row: dict, plain: dict) -> list[str]:
     return [times, _cosine(row, "cosine"), f"{row['ratio']['median']:.2f}"]
 
 
-def _table(rows: Rows, header: list[str]) -> str:
+def _table(rows: Rows) -> str:
     plain = _plain(rows)
-    return markdown.table(header, [_row(row, plain) for row in rows.values()])
+    return markdown.table(HEADER, [_row(row, plain) for row in rows.values()])
 
 
 def _row(row: dict, plain: dict) -> list[str]:

@@ -72,7 +72,10 @@ def measure(
         n: finetune.problem_of(tasks.config(model, data, trainable_layers=n, **settings))
         for n in dict.fromkeys(config.trainable_layers for config in configs.values())
     }
-    steps: dict[str, Callable] = {PLAIN: one_call(problems[configs["backprop"].trainable_layers])}
+    whole = problems[configs["backprop"].trainable_layers]
+    loss = loop.loss_of(loop.for_device(whole.train_fn))
+    patterns = train.trainable_patterns("backprop", whole.layers)
+    steps: dict[str, Callable] = {PLAIN: one_call(loss, patterns, whole.params)}
     for method, config in configs.items():
         steps[method] = two_phases(method, config, problems[config.trainable_layers])
     configs[PLAIN] = configs["backprop"]
@@ -111,12 +114,10 @@ def _circumstances(rounds: int, config: Config) -> dict[str, Any]:
     }
 
 
-def one_call(problem: Problem) -> Callable:
+def one_call(loss: Callable, patterns: list[str], params: Any) -> Callable:
     """(inputs, labels) -> (loss, gradients) by plain backprop, in one compiled program."""
-    loss = loop.loss_of(loop.for_device(problem.train_fn))
-    trainable = train.trainable_patterns("backprop", problem.layers)
-    parts = lance_jax.value_and_grad(loss, trainable=trainable)
-    trained, frozen = parts.partition(problem.params)
+    parts = lance_jax.value_and_grad(loss, trainable=patterns)
+    trained, frozen = parts.partition(params)
 
     @jax.jit
     def step(trained: Any, frozen: Any, *batch: Any) -> Any:

@@ -102,6 +102,7 @@ def run(
     with Checkpoints(directory / "tasks") as checkpoints:
         now = checkpoints.latest({"params": course.params}) or learner.beginning()
         for task in range(len(learner.stages)):
+            now = now._replace(factors=lance_jax.Factors())  # those of the task before
             if task == now.step:
                 now = learner.learn(task, now)
                 checkpoints.save(now)

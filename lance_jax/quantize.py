@@ -11,7 +11,7 @@ import numpy as np
 _STEPS = {"int8": 255, "int4": 15}  # between the bounds of a group
 _GROUP = 32  # neighbouring values of a channel, at most, that share bounds
 _FEW = 16  # values of a channel that are too few for a group
-_GROUPS = 32  # neighbouring groups that share the range in which their bounds lie
+_RANGE = 32  # neighbouring groups that share the range in which their bounds lie
 # Between the ends of a range. Two more fill a byte: its ends are rounded outwards to whole units.
 # The half keeps the greatest of values from 0 on off a whole unit, where rounding errors decide.
 _UNITS = 253.5
@@ -110,12 +110,12 @@ def _in_ranges(low: jax.Array, high: jax.Array) -> Groups:
 
 def _rows(ends: jax.Array) -> jax.Array:
     flat = ends.reshape(-1)
-    return jnp.pad(flat, (0, -flat.size % _GROUPS), mode="edge").reshape(-1, _GROUPS)
+    return jnp.pad(flat, (0, -flat.size % _RANGE), mode="edge").reshape(-1, _RANGE)
 
 
 def _each(ranges: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The range that each group is in: (2, *shape)."""
-    return jnp.repeat(ranges, _GROUPS, 1)[:, : math.prod(shape)].reshape(2, *shape)
+    return jnp.repeat(ranges, _RANGE, 1)[:, : math.prod(shape)].reshape(2, *shape)
 
 
 def _ends(groups: Groups) -> tuple[jax.Array, jax.Array]:
@@ -139,8 +139,8 @@ def _noise(columns: jax.Array) -> jax.Array:
     """Of each value from -1/2 to 1/2, uniform.
 
     Drawn from the values' own bits, so that a step needs no key and repeats itself: counted on from
-    their sum and mixed as 32 bits are at the end of MurmurHash3, which takes a tenth of the time of
-    jax.random.
+    their sum and mixed as 32 bits are at the end of MurmurHash3. On a CPU jax.random would take
+    longer than all the rest of storing.
     """
     bits = jax.lax.bitcast_convert_type(columns, jnp.uint32).reshape(-1)
     mixed = bits.sum(dtype=jnp.uint32) + jnp.arange(bits.size, dtype=jnp.uint32) * np.uint32(_ODD)
@@ -153,8 +153,8 @@ def _noise(columns: jax.Array) -> jax.Array:
 def _pack4(values: jax.Array, size: int) -> jax.Array:
     """(pairs, channels), the pairs that only fill up a group left out.
 
-    Neighbouring rows make a pair, so that all is done along the channels; as a flat array, XLA on a
-    CPU would take ten times as long.
+    Neighbouring rows make a pair, so that all is done along the channels: of a flat array, XLA on a
+    CPU works out the group of each value anew.
     """
     pairs = values.reshape(-1, 2, values.shape[-1])
     packed = pairs[:, 0] | (pairs[:, 1] << np.uint8(4))

@@ -69,8 +69,8 @@ def run(
 
 # The names of the blocks in all networks here. What enters the first is the batch, which is an
 # argument of the step: to keep it costs nothing, and a core of it would.
-FIRST = "stem"
-BLOCKS = rf"{FIRST}|blocks_\d+|features"
+STEM = "stem"
+BLOCKS = rf"{STEM}|blocks_\d+|features"
 
 
 def fit_method(config: Config, problem: Problem, method: str, directory: Path) -> Fitted:
@@ -139,7 +139,7 @@ def calibration(config: Config, problem: Problem) -> Callable[[], lance_jax.Fact
     core_dtype = config.core_dtype or None
     by_block = config.keep == "blocks"
     select = (
-        [f"^(?!{FIRST}$)({BLOCKS})$"] if by_block else [f"^{layer}/" for layer in problem.layers]
+        [f"^(?!{STEM}$)({BLOCKS})$"] if by_block else [f"^{layer}/" for layer in problem.layers]
     )
 
     def calibrate() -> lance_jax.Factors:

@@ -1,7 +1,9 @@
 """The program of continual learning, on two or three tasks of the digits."""
 
+import gc
 import json
 import shutil
+import weakref
 
 import jax
 import numpy as np
@@ -78,6 +80,22 @@ def test_memory_is_split_into_what_is_held_and_what_rests(result):
     most = max(tasks, key=lambda task: sum(task["ram"].values()))
     assert found["memory"]["ram"] == most["ram"]
     assert found["memory"]["storage"] == tasks[-1]["storage"]
+
+
+def test_a_task_trains_without_the_factors_of_the_one_before(tmp_path, monkeypatch):
+    fit, before, alive = continual_train.fit, [], []
+
+    def watching(*args, **kwargs):
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in before))
+        fitted = fit(*args, **kwargs)
+        before[:] = map(weakref.ref, jax.tree.leaves(fitted.factors))
+        return fitted
+
+    monkeypatch.setattr(continual_train, "fit", watching)
+    continual_train.run(small(tasks=3, epochs=1), tmp_path, "lance")
+    assert before, "the last task has factors"
+    assert alive == [0, 0, 0]
 
 
 def test_free_dimensions_fall(result, course):

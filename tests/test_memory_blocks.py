@@ -86,9 +86,8 @@ def test_transient_and_macs_by_hand():
     assert report.transient == by_hand
     assert report.macs_recomputed == 2 * 10 * (6 * 20 + 20 * 6)
     row = next(row for row in report.layers if row.path == "b")
-    bytes_kept = (
-        10 * 2 + 2 * 1 + 2 * F32
-    )  # one group of values: two bounds, and the range they are in
+    # one group of values: two bounds, and the range that they are in
+    bytes_kept = 10 * 2 + 2 * 1 + 2 * F32
     assert (row.kind, row.bytes, dict(row.ranks)) == ("block", bytes_kept, {"feature": 2})
     assert (row.macs_forward, row.macs_dx) == (10 * 6 * 2, 10 * 6 * 2)
     only_b = lance_jax.report(loss, DENSE, X, factors={"b": kept}, trainable="^b")

@@ -19,8 +19,7 @@ SHAPES = [
     (0, 4),
     (4, 0),
 ]
-STEPS = {"int8": 255, "int4": 15}
-low_bits = pytest.mark.parametrize("bits", STEPS)
+low_bits = pytest.mark.parametrize("bits", reference.STEPS)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
@@ -35,7 +34,7 @@ def back(core, core_dtype):
 def step_of(core, bits):
     """The greatest step between stored values: of a group of the whole range, in whole units."""
     spread = core.max() - core.min()
-    return (spread + 2 * spread / 253.5) / STEPS[bits]
+    return (spread + 2 * spread / 253.5) / reference.STEPS[bits]
 
 
 @low_bits
@@ -59,8 +58,8 @@ def test_stochastic_rounding_is_off_by_less_than_a_step(shape, bits):
     assert jax.tree.map(jnp.shape, store(core, rounded)) == jax.tree.map(
         jnp.shape, store(core, bits)
     )
-    error = np.abs(back(core, rounded) - core)
-    assert error.max(initial=0) <= step_of(core, bits) if core.size else error.size == 0
+    if core.size:
+        assert np.abs(back(core, rounded) - core).max() <= step_of(core, bits)
     np.testing.assert_array_equal(np.asarray(back(core, rounded))[core == 0], 0)
 
 
@@ -95,7 +94,8 @@ def test_the_same_core_is_rounded_the_same_way():
     core = core_of((64, 8))
     once, again, other = (back(c, "int4_stochastic") for c in (core, core.copy(), core + 1e-3))
     np.testing.assert_array_equal(once, again)
-    assert np.abs(other - once).max() > 0.5 * step_of(core, "int4") / 4
+    # not only shifted with the values, by 1e-3, but drawn anew
+    assert np.abs(other - once).max() > 0.05
 
 
 @low_bits

@@ -23,7 +23,7 @@ from lance_jax.continual_methods.projection import (
     storage_scaled,
 )
 from lance_jax.factors import Factors, LayerFactors
-from lance_jax.train import FIRST, in_blocks
+from lance_jax.train import STEM, in_blocks
 
 
 def _plan(setting: Setting, scaled: bool = False, rule: str = "residual") -> Plan:
@@ -60,7 +60,7 @@ def of_blocks(setting: Setting, factors: Factors, core_dtype: str | None) -> Fac
     apply_fn, pictures = in_blocks(setting.apply_fn), setting.pictures.read([0])
     layers = lance_jax.layers(apply_fn, setting.params, pictures)
     blocks = [layer.path for layer in layers if layer.kind == "block"]
-    kept = {path: LayerFactors({}, core_dtype=core_dtype) for path in blocks if path != FIRST}
+    kept = {path: LayerFactors({}, core_dtype=core_dtype) for path in blocks if path != STEM}
     for path, layer in factors.items():
         if path.startswith(tuple(f"{block}/" for block in blocks)):
             layer = LayerFactors({}, update=layer.update, frozen=layer.frozen)
