@@ -147,11 +147,11 @@ def cell(
 
 
 def relevant(config: dict[str, Any]) -> dict[str, Any]:
-    """What a cell's result depends on; `keep` was added when most were measured.
+    """What a cell's result depends on; `keep` and `classes` came when most were measured.
 
     Not on how often it is saved.
     """
-    config = {"keep": "layers", **config, "checkpoint_every": None}
+    config = {"keep": "layers", "classes": "", **config, "checkpoint_every": None}
     return config if config["method"] in HAVE_ENERGY else {**config, "energy": None}
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from lance_jax.factors import Factors, LayerFactors, Skipped
+from lance_jax.paths import leaves_with_path
 
 
 class Checkpoint(NamedTuple):
@@ -86,6 +87,11 @@ class Checkpoints:
             step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(template))
         )
         saved = restored["arrays"]
+        for (path, found), (_, wanted) in zip(
+            leaves_with_path(saved), leaves_with_path(template), strict=True
+        ):
+            if found.shape != wanted.shape:
+                raise ValueError(f"{path} has shape {found.shape}, not {wanted.shape}")
         state, factors = jax.tree.map(jnp.asarray, (saved["state"], saved["factors"]))
         memory = jax.tree.map(np.asarray, saved["memory"])
         return Checkpoint(step, state, _rebuild(described, factors), json["info"]["info"], memory)

@@ -186,6 +186,8 @@ def check_methods(config: Config, known: Sequence[str]) -> tuple[str, ...]:
     """The names in `config.method`, one or more of those that are known."""
     methods = names(config.method)
     check_choices("method", methods, known)
+    if len(set(methods)) < len(methods):
+        raise ValueError(f"config.method is {config.method!r}, which names one of them twice")
     if not methods:
         raise ValueError(f"config.method is empty; give one or more of {','.join(known)}")
     return methods
@@ -212,8 +214,8 @@ def check_positive(config: Config, fields: Sequence[str]) -> None:
     """Each named field ("a" or "a.b") is positive and finite."""
     for field in fields:
         value = _at(config, field)
-        if not 0 < value < math.inf:
-            raise ValueError(f"config.{field} is {value}; it must be positive and finite")
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"config.{field} is {value!r}; it must be positive and finite")
 
 
 def check_share(config: Config, field: str) -> None:
@@ -275,7 +277,11 @@ def check_fields(config: Config, origin: Callable[[], Any]) -> None:
             for entry in wanted:
                 if entry in default and entry not in config[name]:
                     raise ValueError(f"config.{name} has no entry {entry!r}")
-        kinds = {int: (int, "an integer"), float: ((int, float), "a number")}
+        kinds = {
+            int: (int, "an integer"),
+            float: ((int, float), "a number"),
+            str: ((str, list, tuple, Path), "a string"),
+        }
         kind, told = kinds.get(type(default), (object, ""))
         if not isinstance(config[name], kind):
             raise ValueError(f"config.{name} is {config[name]!r}; it must be {told}")
@@ -308,6 +314,11 @@ def claim(config: Config, workdir: Path, pictures: Mapping[str, Pictures], param
     digests["weights"] = weights.hexdigest()
     _compare_claim(workdir, "contents", digests)
     if not (workdir / "config.json").exists():
+        if any(workdir.glob("*/checkpoints")) or any(workdir.glob("*/tasks")):
+            raise ValueError(
+                f"--workdir {str(workdir)!r} holds a run, but not its config.json; put it back, or "
+                "choose another directory"
+            )
         held = json.dumps({"config": _fixed(config), "contents": digests}, indent=2)
         metrics.write_atomically(workdir / "config.json", held + "\n")
 

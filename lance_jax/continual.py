@@ -11,6 +11,7 @@ memory, Saha et al. 2021, arXiv 2103.09762).
 
 import itertools
 import math
+import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -121,8 +122,7 @@ def allocate(
     """
     hosvd.check_energy(energy)
     check_core_dtype(core_dtype)
-    if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(f"scale is {scale!r}; it must be None or positive")
+    _check_scale(scale)
     slices = Slices() if slices is None else slices
     layers = {}
     for path, (uses, sums) in _layer_grams(apply_fn, params, batches, select).items():
@@ -137,6 +137,11 @@ def allocate(
         update = jnp.asarray(u, accumulator(uses[0].x.dtype)) if u.shape[-1] else None
         layers[path] = _cheapest(uses, update, core_dtype)
     return Factors(layers)
+
+
+def _check_scale(scale: float | None) -> None:
+    if scale is not None and not (isinstance(scale, numbers.Real) and 0 < scale < math.inf):
+        raise ValueError(f"scale is {scale!r}; it must be None or positive")
 
 
 def _layer_grams(
@@ -161,6 +166,8 @@ def _layer_grams(
         if not np.isfinite(one).all():
             raise ValueError(f"the input of {path!r} holds NaN or Inf in these batches")
         grams[path] = found.uses[path], one
+    if not any(one.any() for _, one in grams.values()):
+        raise ValueError("the inputs of all layers are zero in these batches, or hold no sample")
     return grams
 
 
@@ -171,17 +178,26 @@ def _directions(
     check_rule(rule)
     d = sums.shape[-2]
     stack = sums.reshape(-1, *sums.shape[-2:])
-    before = np.zeros((*sums.shape[:-2], d, 0)) if protected is None else protected
-    if before.shape[:-1] != (*sums.shape[:-2], d):
-        raise ValueError(f"the slices of {path!r} have shape {before.shape}; its input has D = {d}")
+    before = np.zeros((*sums.shape[:-1], 0)) if protected is None else protected
+    _check_slices(path, before, sums.shape[:-1])
     before = before.reshape(len(stack), d, before.shape[-1]).astype(np.float64)
-    found = [
-        complement_of(one, basis[:, basis.any(0)], energy, rule)
-        for one, basis in zip(stack, before, strict=True)
-    ]
+    try:
+        found = [
+            complement_of(one, basis[:, basis.any(0)], energy, rule)
+            for one, basis in zip(stack, before, strict=True)
+        ]
+    except ValueError as error:
+        raise ValueError(f"the input of {path!r}: {error}") from None
     r = max(u.shape[1] for u in found)
     padded = np.stack([np.pad(u, ((0, 0), (0, r - u.shape[1]))) for u in found])
     return padded.reshape(*sums.shape[:-1], r)
+
+
+def _check_slices(path: str, protected: np.ndarray, shape: tuple[int, ...]) -> None:
+    """They are (..., D, k) of a layer whose bases are (..., D)."""
+    if protected.shape[:-1] != shape:
+        told = f"the slices of {path!r} have shape {protected.shape}; its input has D = {shape[-1]}"
+        raise ValueError(f"{told}, in {shape[:-1]} groups or steps" if shape[:-1] else told)
 
 
 def _energies(sums: np.ndarray, basis: np.ndarray) -> np.ndarray:
@@ -263,18 +279,27 @@ def project_out(
       apply_fn, params, *args: a call whose layers they are; any argument may be a
         `jax.ShapeDtypeStruct`.
       scale: alpha of scaled gradient projection, dW - P diag(importance) P^T dW, as for `allocate`.
+
+    Raises:
+      ValueError: for a bad scale, and slices that are not of these layers.
     """
+    _check_scale(scale)
     slices = Slices() if slices is None else slices
     found = find(jaxprs.trace(apply_fn, params, *args))
     bases = {}
     for path in slices:
         protected = slices.protected(path)
+        if path not in found.uses:
+            raise ValueError(f"slices have a layer {path!r}; there are {', '.join(found.uses)}")
         if protected is None:
             continue
+        use = found.uses[path][0]
+        shape = (*use.stack, *use.product.basis_shape(use.of_product().update_mode))
+        _check_slices(path, protected, shape)
         if scale is not None:
             importance = _importance(slices.energies[path], protected.shape[-1], scale)
             protected = protected * np.sqrt(importance)[..., None, :]
-        bases[path] = jnp.asarray(protected, accumulator(found.uses[path][0].x.dtype))
+        bases[path] = jnp.asarray(protected, accumulator(use.x.dtype))
 
     def project(path: str, update: jax.Array, basis: jax.Array | None) -> jax.Array:
         if basis is None:

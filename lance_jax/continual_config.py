@@ -1,5 +1,6 @@
 """The settings of a run of continual learning, with their defaults, and what they must be."""
 
+import math
 from pathlib import Path
 
 import ml_collections
@@ -27,7 +28,8 @@ def base() -> ml_collections.ConfigDict:
     config.datasets = ""
     config.tasks = 10
     config.task_classes = 10
-    config.class_seed = -1  # shuffles the classes of one data set; -1: as they are numbered
+    config.classes = ""  # names, in the order in which one data set's are learnt; "": as numbered
+    config.class_seed = -1  # shuffles them; -1: not at all
     config.eval_split = "test"  # or "validation", held out of the training pictures
     config.validation_fraction = 0.2
 
@@ -112,6 +114,10 @@ def check(config: Config, workdir: str | Path) -> None:
             f"config.tasks is {config.tasks}; each of several data sets is a task, so it must be "
             f"{len(sets)}"
         )
+    if len(sets) > 1 and config.classes:
+        raise ValueError(
+            f"config.classes is {config.classes!r}, but of several data sets each has its own"
+        )
     if (config.model == "digits") != (sets == ("digits",)) or ("digits" in sets and len(sets) > 1):
         raise ValueError(
             f"config.model is {config.model!r} and config.datasets is {config.datasets!r}; the "
@@ -128,8 +134,7 @@ def check(config: Config, workdir: str | Path) -> None:
         settings.check_share(config, "test_fraction")
     for field in ("threshold", "lora_energy"):
         settings.check_energy(config, field)
-    if not 0 <= config.threshold_step < 1:
-        raise ValueError(f"config.threshold_step is {config.threshold_step}; it must lie in [0, 1)")
+    _check_threshold(config)
     if config.er_pictures < config.task_classes and "er" in methods:
         raise ValueError(
             f"config.er_pictures is {config.er_pictures}; it must be at least "
@@ -138,3 +143,22 @@ def check(config: Config, workdir: str | Path) -> None:
     rates = [f"learning_rate.{method}" for method in methods]
     settings.check_positive(config, ["clip", "scale", "ewc_strength", *rates])
     settings.check_common(config, workdir)
+
+
+def threshold(config: Config, task: int) -> float:
+    """The share of energy that is protected after a task (from 0)."""
+    return config.threshold + config.threshold_step * task
+
+
+def _check_threshold(config: Config) -> None:
+    """It does not fall, and is a share after the last task too."""
+    step = config.threshold_step
+    if not 0 <= step < 1:
+        raise ValueError(f"config.threshold_step is {step}; it must lie in [0, 1)")
+    last = threshold(config, config.tasks - 1)
+    if last > 1:
+        most = math.floor((1 - config.threshold) / (config.tasks - 1) * 1e6) / 1e6
+        raise ValueError(
+            f"config.threshold_step is {step}: from config.threshold, {config.threshold}, it comes "
+            f"to {last:.6g} after {config.tasks} tasks, and a share is at most 1; {most} would do"
+        )

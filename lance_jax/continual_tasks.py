@@ -49,18 +49,38 @@ def read_tasks(config: Config) -> list[Task]:
         _task(config, t, name, classes, splits[of], of)
         for t, (name, of, classes) in enumerate(parts)
     ]
-    for task in tasks:
+    for t, task in enumerate(tasks):
+        _check_classes(config, t, task)
         check_batch(len(task.train.labels), config.batch_size)
     return tasks
 
 
+def _check_classes(config: Config, t: int, task: Task) -> None:
+    """Each class is there in training and test."""
+    for part, split in ((task.train, "train"), (task.test, config.eval_split)):
+        for j, name in enumerate(part.classes):
+            if not np.any(part.labels == t * config.task_classes + j):
+                raise ValueError(
+                    f"task {t} ({task.name}) has no pictures of class {name!r} in the {split} "
+                    "split; it needs at least one"
+                )
+
+
 def class_order(config: Config, classes: tuple[str, ...]) -> tuple[str, ...]:
-    """The classes as they come in the tasks: as numbered, or shuffled by `config.class_seed`."""
+    """The classes as they come in the tasks: `config.classes`, or all of them as numbered.
+
+    Shuffled by `config.class_seed`.
+    """
+    named = names(config.classes)
+    if len(set(named)) < len(named):
+        raise ValueError(f"config.classes is {config.classes!r}, which names one of them twice")
+    classes = named or classes
     needed = config.tasks * config.task_classes
     if needed > len(classes):
+        source = "config.classes" if named else f"data set {config.datasets!r}"
         raise ValueError(
             f"config.tasks = {config.tasks} of config.task_classes = {config.task_classes} are "
-            f"{needed} classes, and data set {config.datasets!r} has {len(classes)}"
+            f"{needed} classes, and {source} has {len(classes)}"
         )
     order = np.arange(len(classes))
     if config.class_seed >= 0:

@@ -253,7 +253,7 @@ class Learner:
             if str(task) in memory["statistics"]:
                 own = {**own, "batch_stats": memory["statistics"][str(task)]}
             predict = functools.partial(self._predict, own, task)
-            found.append(share_right(predict, test, self.config.test_batch))
+            found.append(share_right(predict, test, min(self.config.test_batch, len(test.labels))))
         return found
 
     @functools.cached_property

@@ -56,10 +56,15 @@ def tfds_pictures(
             labels.append(example["label"])
     except RuntimeError as error:  # another file format, or a file missing or cut short
         reason = str(error).splitlines()[0]
+        again = "put a whole one in its place"
+        if name in _catalogue():
+            again = (
+                f"remove that folder, and prepare it again with `python -m lance_jax.prepare {name}"
+            )
+            again += f" --data_dir {data_dir}`"
         raise ValueError(
             f"split {split!r} of data set {name!r} in {str(builder.data_path)!r} cannot be read "
-            f"({reason}); remove that folder, and prepare it again with "
-            f"`python -m lance_jax.prepare {name} --data_dir {data_dir}`"
+            f"({reason}); {again}"
         ) from None
     names = tuple(builder.info.features["label"].names)
     return restrict(Pictures(images, np.asarray(labels, np.int32), names, side), classes, name)
@@ -73,19 +78,22 @@ def prepare(name: str, data_dir: str | Path) -> None:
     """
     if _versions(name, data_dir):
         return
-    import tensorflow_datasets as tfds
-
     missing = f"data set {name!r} is not prepared in data_dir {str(data_dir)!r}"
-    known = tfds.list_builders(with_community_datasets=False)
+    known = _catalogue()
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3)
-        hint = f": did you mean {', '.join(close)}?" if close else ""
-        raise ValueError(f"{missing}, nor known to TensorFlow Datasets{hint}")
+        hint = f": did you mean {', '.join(close)}?" if close else "."
+        raise ValueError(
+            f"{missing}, nor known to TensorFlow Datasets{hint} One that is not in their catalogue "
+            f"must be there in their layout, in {str(Path(data_dir) / name / 'VERSION')!r}"
+        )
     if find_spec("tensorflow") is None:
         raise ValueError(
             f"{missing}; give the directory that it is in, or install TensorFlow, which prepares "
             "it once: pip install -e '.[data]'"
         )
+    import tensorflow_datasets as tfds
+
     try:
         place = Path(data_dir).expanduser()
         tfds.builder(name, data_dir=place, file_format="array_record").download_and_prepare()
@@ -94,6 +102,13 @@ def prepare(name: str, data_dir: str | Path) -> None:
         # it may raise anything, and none of it is this program's fault or can be mended here.
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"data set {name!r} cannot be prepared: {reason[0]}") from error
+
+
+def _catalogue() -> list[str]:
+    """The data sets that TensorFlow Datasets can prepare."""
+    import tensorflow_datasets as tfds
+
+    return tfds.list_builders(with_community_datasets=False)
 
 
 def _versions(name: str, data_dir: str | Path) -> list[Path]:

@@ -21,6 +21,7 @@ from lance_jax.checkpoint import Checkpoint, Checkpoints
 from lance_jax.config import Config
 from lance_jax.features import Features
 from lance_jax.loader import Loader, read_ahead
+from lance_jax.paths import leaves_with_path
 from lance_jax.pictures import Pictures
 from lance_jax.step import ValueAndGrad
 from lance_jax.timing import least_seconds
@@ -155,6 +156,7 @@ def fit(
         loader = Loader(size, config.batch_size, config.seed, tuple(now.info["position"]))
         batches = _batches(examples, loader, now.state["key"])
         log = metrics.Metrics(directory / "metrics.jsonl", now.step)
+        _check_lines(log, now.step)
         step_fn = _step_fn(value_and_grad, mesh, optimizer, has_aux, dropout)
         untimed = now.step + WARM_UP_STEPS
         with closing(batches), Progress(*metrics.COLUMNS) as progress:
@@ -167,18 +169,33 @@ def fit(
                 steps = min(steps, loader.steps_per_epoch - first)
                 with _naming(directory, field, learning_rate):
                     line, now = _window(step_fn, now, batches, steps, untimed)
+                    if now.step == total:
+                        _check_finite(now.state["params"])
                 log.append({**line, "learning_rate": float(schedule(now.step - 1))})
                 progress.update(bar, completed=now.step)
                 if window % config.checkpoint_every == 0 or now.step == total:
                     checkpoints.save(now)
+    lines = _check_lines(log, total)
+    return _fitted(now, lines, [line for line in lines if line["epoch"] == epochs - 1])
+
+
+def _check_lines(log: metrics.Metrics, step: int) -> list[dict[str, Any]]:
+    """The lines of a run at `step`; ValueError where some were lost."""
     lines = log.lines()
-    last = [line for line in lines if line["epoch"] == epochs - 1]
-    if sum(line["steps"] for line in last) != loader.steps_per_epoch:
+    told = sum(line["steps"] for line in lines)
+    if told != step:
         raise ValueError(
-            f"{str(directory / 'metrics.jsonl')!r} lacks lines of a run that is finished; choose "
-            "another --workdir"
+            f"{str(log.path)!r} tells of {told} steps of a run that has done {step}; put it back, "
+            "or choose another --workdir"
         )
-    return _fitted(now, lines, last)
+    return lines
+
+
+def _check_finite(params: Any) -> None:
+    """The last step is one that no loss comes after."""
+    for path, leaf in leaves_with_path(params):
+        if not bool(jnp.isfinite(leaf).all()):
+            raise FloatingPointError(f"after the last step {path!r} holds NaN or Inf")
 
 
 def gradients_of(

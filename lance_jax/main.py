@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import jax
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -40,6 +41,11 @@ def main(argv: Sequence[str]) -> None:
         compare(config, Path(workdir).expanduser())
     except (ValueError, OSError, FloatingPointError) as error:
         _stop(error)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = (str(error).strip().splitlines() or [""])[0]
+        _stop(f"out of memory: {reason}; a smaller config.batch_size or resolution needs less")
     except KeyboardInterrupt:
         _stop("interrupted; the same command goes on from the last checkpoint")
 

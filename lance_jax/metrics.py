@@ -29,18 +29,18 @@ class Metrics:
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        self._path = path
+        self.path = path
         kept = [line for line in _lines(path) if line["step"] <= step]
         write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in kept))
 
     def append(self, line: dict[str, Any]) -> None:
         """Adds a line, and returns when the operating system has it."""
-        with self._path.open("a") as file:
+        with self.path.open("a") as file:
             file.write(f"{json.dumps(line)}\n")
 
     def lines(self) -> list[dict[str, Any]]:
         """All lines so far."""
-        return _lines(self._path)
+        return _lines(self.path)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -61,12 +61,14 @@ class Slices(FrozenMapping, Mapping[str, tuple[Any, ...]]):
     def as_dict(self) -> dict[str, Any]:
         """Nested dicts of the arrays alone, as they are stored: path -> bases and energies by task.
 
-        What is None or empty has no entry: a checkpoint cannot hold it.
+        What is None or empty has no entry: a checkpoint cannot hold it. So `tasks` says how many
+        there are.
         """
         stored = {}
         for path, bases in self.items():
             energies = enumerate(self.energies[path])
             stored[path] = {
+                "tasks": np.asarray(len(bases)),
                 "bases": {str(t): basis for t, basis in enumerate(bases) if basis is not None},
                 "energies": {str(t): one for t, one in energies if one.size},
             }
@@ -76,9 +78,8 @@ class Slices(FrozenMapping, Mapping[str, tuple[Any, ...]]):
     def from_dict(cls, stored: Mapping[str, Any]) -> "Slices":
         """The inverse of `as_dict`."""
         bases, energies = {}, {}
-        last = max((int(t) for of in stored.values() for t in of["energies"]), default=-1)
         for path, of in stored.items():
-            tasks = [str(t) for t in range(last + 1)]
+            tasks = [str(t) for t in range(int(of["tasks"]))]
             bases[path] = tuple(of["bases"].get(t) for t in tasks)
             energies[path] = tuple(of["energies"].get(t, np.zeros(0, np.float32)) for t in tasks)
         return cls(bases, energies)
@@ -131,7 +132,8 @@ def complement(
 
     Returns:
       (D, r) orthonormal columns, orthogonal to P, of `gram`'s floating dtype (at least float32), in
-      falling order of energy; r is 0 where nothing is left, or nothing more is needed. Computed in
+      falling order of energy; r is 0 where nothing is left, or nothing more is needed. What may be
+      rounding, by the eigenvalues below zero that rounding has made, counts as nothing. Computed in
       float64 on the host.
 
     Raises:
@@ -171,11 +173,15 @@ def _checked_basis(protected: npt.ArrayLike | None, n: int) -> np.ndarray:
 
 
 def complement_of(sums: np.ndarray, basis: np.ndarray, energy: float, rule: str) -> np.ndarray:
-    """`complement` of a Gram matrix or a sketch of one (`hosvd`), in float64."""
-    values, directions, total = _residual(sums, basis, one_sided=rule == "authors")
+    """`complement` of a Gram matrix or a sketch of one (`hosvd`), in float64.
+
+    ValueError where a sketch has too few directions to reach the energy.
+    """
+    values, directions, total, noise = _residual(sums, basis, one_sided=rule == "authors")
+    values = np.where(values > max(noise, _NOTHING * total), values, 0.0)
     left = values.sum()
-    free = min(len(basis) - basis.shape[1], directions.shape[1])
-    if left <= _NOTHING * total or free <= 0:
+    free = len(basis) - basis.shape[1]
+    if left == 0 or free <= 0:
         return np.zeros((len(basis), 0))
     if rule == "residual":
         r = hosvd.rank(values, energy)
@@ -183,30 +189,40 @@ def complement_of(sums: np.ndarray, basis: np.ndarray, energy: float, rule: str)
         shares = (total - left + np.cumsum(values)) / total
         enough = shares <= energy if rule == "authors" else shares < energy * (1 - 1e-12)
         r = int(np.sum(enough)) + (rule == "authors" or (total - left) / total < energy)
-    return _away(directions[:, : min(r, free)], basis)
+        r = min(r, int(np.flatnonzero(values)[-1]) + 1)
+    r, most = min(r, free), directions.shape[1]
+    if r > most:
+        held = 1 - values[-1] / (left if rule == "residual" else total)
+        raise ValueError(
+            f"a share of {energy} was asked for, and the {most} directions that are sought in one "
+            f"so wide ({len(basis)}) hold {np.floor(held * 1000) / 1000}; ask for less"
+        )
+    return _away(directions[:, :r], basis)
 
 
 def _residual(
     sums: np.ndarray, basis: np.ndarray, one_sided: bool
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """(Values in falling order, their directions, trace of C) of what the basis does not explain.
+) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """Of what the basis does not explain: values in falling order, and their directions.
 
-    The last value of a sketch is what its directions miss.
+    Then the trace of C, and how large an eigenvalue can be that rounding has made: twice what lies
+    below zero, where a Gram matrix has none. The last value of a sketch is what its directions
+    miss, and `hosvd.nystrom` has left out the rounding.
     """
     if not hosvd.is_gram(sums):
         values, vectors = hosvd.nystrom(sums)
         missed = values[-1]
         parts = _without(vectors * np.sqrt(values[:-1]), basis)
         directions, roots, _ = np.linalg.svd(parts, full_matrices=False)
-        return np.append(roots**2, missed), directions, float(values.sum())
+        return np.append(roots**2, missed), directions, float(values.sum()), 0.0
     total = float(np.trace(sums))
     once = _without(sums, basis)
+    values, directions = hosvd.eigh(sums if one_sided else _without(once.T, basis))
+    hosvd.check_positive(values, total)
+    noise = -2 * min(values[-1], 0.0)
     if one_sided:
         directions, values, _ = np.linalg.svd(once)
-        return values, directions, total
-    values, directions = hosvd.eigh(_without(once.T, basis))
-    hosvd.check_positive(values, total)
-    return np.maximum(values, 0.0), directions, total
+    return values, directions, total, noise
 
 
 def _without(x: np.ndarray, basis: np.ndarray) -> np.ndarray:

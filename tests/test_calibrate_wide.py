@@ -205,3 +205,20 @@ def test_no_square_matrix(monkeypatch):
 @pytest.mark.parametrize(("n", "columns"), [(BORDER, BORDER), (BORDER + 1, COLUMNS + 1)])
 def test_the_border(n, columns):
     assert jax.eval_shape(lambda x: gram(x, 1), jnp.ones((2, n))).shape == (n, columns)
+
+
+@pytest.mark.parametrize("task", ["protect", "allocate"])
+def test_slices_of_a_wide_mode_reach_their_share_or_say_that_they_cannot(task):
+    x, flat = samples(24), np.random.default_rng(0).normal(size=(400, WIDE)).astype("float32")
+
+    def directions(batch, share):
+        if task == "protect":
+            slices = lance_jax.continual.protect(None, project, weight(), [batch], threshold=share)
+            return slices.protected("w")
+        factors = lance_jax.continual.allocate(None, project, weight(), [batch], energy=share)
+        return factors["w"].update
+
+    assert_wide(directions(x, 0.98), x.T, 0.98)
+    told = r"the input of 'w': a share of 0\.98 .* the 100 directions .* \(410\) hold 0\.[3-7]"
+    with pytest.raises(ValueError, match=told):
+        directions(flat, 0.98)

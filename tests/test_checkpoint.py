@@ -122,3 +122,10 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
             file.write_bytes(b"damaged")
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match="1' cannot be read"):
         checkpoints.latest(state())
+
+
+def test_other_shapes_are_an_error(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(Checkpoint(1, {"w": jnp.zeros((3, 4))}, Factors(), {}))
+        with pytest.raises(ValueError, match=r"w has shape \(3, 4\), not \(3, 5\)"):
+            checkpoints.latest({"w": jnp.zeros((3, 5))})

@@ -47,6 +47,13 @@ def test_one_working_directory_has_one_configuration(tmp_path):
         config.check(settings(energy=0.8), tmp_path)
 
 
+@pytest.mark.parametrize("place", ["lance/checkpoints", "lance/tasks"])
+def test_a_run_that_lost_its_claim(tmp_path, place):
+    (tmp_path / place).mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds a run, but not its config.json; put it back, or"):
+        claim(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"energy": 0.9}', '{"config": 3}'])
 def test_a_damaged_claim(tmp_path, text):
     (tmp_path / "config.json").write_text(text)

@@ -290,6 +290,29 @@ def test_bad_input_of_protect_and_allocate():
         continual.allocate(slices, network, wider, [x], select="a")
 
 
+def test_slices_of_other_layers_cannot_be_projected_out():
+    x, _ = task(0)
+    slices = continual.protect(None, network, PARAMS, [x], threshold=0.9)
+    with pytest.raises(ValueError, match=r"scale is -1\.0; it must be None or positive"):
+        continual.project_out(slices, network, PARAMS, x, scale=-1.0)
+    wider = {**PARAMS, "a": random(5, 5, 3, 12)}
+    with pytest.raises(ValueError, match=r"the slices of 'a' have shape \(27, .* has D = 75"):
+        continual.project_out(slices, network, wider, x)
+    fewer = {**PARAMS, "b": random(3, 3, 1, 6)}
+    other = lambda params, x: network({**params, "b": jnp.tile(params["b"], 2)}, x)  # noqa: E731
+    with pytest.raises(ValueError, match="slices have a layer 'b'; there are a, c, d, e"):
+        continual.project_out(slices, other, fewer, x)
+
+
+@pytest.mark.parametrize("n", [0, 5])
+def test_batches_of_nothing(n):
+    with pytest.raises(ValueError, match="the inputs of all layers are zero in these batches, or"):
+        continual.protect(
+            None, lambda p, x: x @ p["w"], {"w": jnp.ones((3, 2))}, [jnp.zeros((n, 3))],
+            threshold=0.9,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "settings, told",
     [

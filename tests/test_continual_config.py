@@ -41,6 +41,15 @@ BAD = {
         {"threshold_step": -0.1},
         "config.threshold_step is -0.1; it must",
     ),
+    "past one": (
+        "split_digits",
+        {"threshold_step": 0.01},
+        r"config.threshold_step is 0.01: from config.threshold, 0.97, it comes to 1.01 after 5 "
+        r"tasks, and a share is at most 1; 0.0075 would do",
+    ),
+    "type": ("split_digits", {"keep": None}, "config.keep is None; it must be a string"),
+    "same method": ("split_digits", {"method": "lance,lance"}, "config.method is 'lance,lance', "),
+    "classes": ("five_datasets", {"classes": "a,b"}, "config.classes is 'a,b', but of several"),
     "endless": ("split_digits", {"threshold_step": float("inf")}, "config.threshold_step is inf"),
     "few": ("split_digits", {"method": "er", "er_pictures": 1}, "config.er_pictures is 1; it must"),
     "mixed": ("five_datasets", {"datasets": "digits,mnist", "tasks": 2}, "the digits have a"),
@@ -75,6 +84,16 @@ def test_a_bad_rate_is_named(tmp_path):
     config.learning_rate = ml_collections.ConfigDict({"finetune": 0.1, "gpm": 0.0, "lance": 0.1})
     with pytest.raises(ValueError, match="config.learning_rate.gpm is 0.0; it must be positive"):
         continual_config.check(config, tmp_path)
+    config.learning_rate = ml_collections.ConfigDict({"finetune": 0.1, "gpm": "x", "lance": 0.1})
+    with pytest.raises(ValueError, match="config.learning_rate.gpm is 'x'; it must be positive"):
+        continual_config.check(config, tmp_path)
     config.learning_rate = ml_collections.ConfigDict({"finetune": 0.1})
     with pytest.raises(ValueError, match="config.learning_rate has no entry 'gpm'"):
         continual_config.check(config, tmp_path)
+
+
+def test_what_is_protected_may_come_to_all_of_it(tmp_path):
+    config = settings("split_digits")
+    config.threshold_step = 0.0075
+    continual_config.check(config, tmp_path)
+    assert continual_config.threshold(config, config.tasks - 1) == 1.0

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 import reference
 from cases import PATH, TABLE, inputs
-from helpers import nbytes
+from helpers import equations, nbytes
 from properties import quick_jit, rows_of
 from tolerances import assert_close
 
 import lance_jax
-from lance_jax import Factors, LayerFactors, continual
+from lance_jax import Factors, LayerFactors, continual, conv, jaxprs
+from lance_jax.layers import find
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 cases = pytest.mark.parametrize("case", TABLE, ids=repr)
@@ -59,6 +60,29 @@ def stacked(basis):
 
 def mode_of(case):
     return "feature" if "feature" in case.op.modes else "patch"
+
+
+def test_patches_are_held_in_parts(monkeypatch):
+    """As many samples at a time as `_PATCH_BYTES` allows, or one."""
+    x, w = jax.ShapeDtypeStruct((8, 10, 10, 4), np.float32), np.zeros((3, 3, 4, 5), np.float32)
+
+    def apply(params, x):
+        return jax.lax.conv_general_dilated(
+            x, params["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    op = find(jaxprs.trace(apply, {"w": w}, x)).uses["w"][0].of_product()
+    sample = 10 * 10 * 36 * 4  # bytes of the patches of one
+
+    def largest(most):
+        monkeypatch.setattr(conv, "_PATCH_BYTES", most)
+        found = equations(jax.make_jaxpr(lambda x: op.gram(x, "patch"))(x).jaxpr)
+        arrays = [v.aval for eqn in found for v in eqn.outvars]
+        return max(a.size * a.dtype.itemsize for a in arrays if 36 in a.shape)
+
+    assert largest(8 * sample) == 8 * sample
+    assert largest(3 * sample) == 2 * sample  # the parts are of one size
+    assert largest(sample // 2) == sample
 
 
 @cases

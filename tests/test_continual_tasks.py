@@ -58,12 +58,39 @@ def test_validation_is_held_out_of_the_training_pictures():
     ("changes", "message"),
     [
         ({"tasks": 6}, "config.tasks = 6 of config.task_classes = 2 are 12 classes, and data set"),
+        ({"classes": "0,1,2", "tasks": 2}, "are 4 classes, and config.classes has 3"),
+        ({"classes": "0,1,2,1", "tasks": 2}, "config.classes is '0,1,2,1', which names one of"),
+        ({"classes": "0,1,2,x", "tasks": 2}, "unknown class 'x' in data set 'digits'"),
         ({"batch_size": 1000}, "config.batch_size is 1000; it must be 1 to 2"),
     ],
 )
 def test_what_the_pictures_do_not_have_is_an_error(changes, message):
     with pytest.raises(ValueError, match=message):
         continual_tasks.read_tasks(small(**changes))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_class_without_pictures_is_an_error(monkeypatch, split):
+    whole = data.digits
+
+    def digits(of):
+        part = whole(of)
+        return part.take(np.flatnonzero(part.labels != 3)) if of == split else part
+
+    monkeypatch.setattr(data, "digits", digits)
+    told = rf"task 1 \(2, 3\) has no pictures of class '3' in the {split} split; it needs at least"
+    with pytest.raises(ValueError, match=told):
+        continual_tasks.read_tasks(small())
+
+
+def test_the_order_of_classes_can_be_told():
+    tasks = continual_tasks.read_tasks(small(classes="7,2,9,0", tasks=2))
+    assert [task.name for task in tasks] == ["7, 2", "9, 0"]
+    digits = data.digits("train")
+    for label, name in enumerate((7, 2, 9, 0)):
+        part = tasks[label // 2].train
+        mine = part.images[part.labels == label]
+        np.testing.assert_array_equal(mine, digits.images[digits.labels == name])
 
 
 def folder_of(path, classes=6, pictures=4, side=20):
@@ -96,6 +123,18 @@ def test_a_folder_in_tasks(tmp_path):
     whole = continual_tasks.joined(tasks)
     assert len(whole.labels) == 24 and set(whole.labels) == set(range(6))
     np.testing.assert_array_equal(whole.read([9]), tasks[1].train.read([1]))
+
+
+def test_twenty_tasks_as_published(tmp_path):
+    folder = folder_of(tmp_path, classes=100, pictures=2, side=12)
+    tasks = continual_tasks.read_tasks(
+        small("split_miniimagenet", folder=str(folder), batch_size=2, resolution=12)
+    )
+    assert len(tasks) == 20
+    found = [name for task in tasks for name in task.name.split(", ")]
+    assert sorted(found) == sorted(f"class{c}" for c in range(100))
+    for t, task in enumerate(tasks):
+        assert set(task.train.labels) == set(task.test.labels) == set(range(5 * t, 5 * t + 5))
 
 
 def test_arrays_of_several_tasks_together():

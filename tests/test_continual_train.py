@@ -11,7 +11,7 @@ import pytest
 from samples import encoded
 from settings import settings
 
-from lance_jax import continual_train, forgetting
+from lance_jax import continual, continual_train, forgetting, loop
 from lance_jax.continual_methods import METHODS
 from lance_jax.slices import Slices
 
@@ -82,8 +82,16 @@ def test_memory_is_split_into_what_is_held_and_what_rests(result):
     assert found["memory"]["storage"] == tasks[-1]["storage"]
 
 
-def test_a_task_trains_without_the_factors_of_the_one_before(tmp_path, monkeypatch):
-    fit, before, alive = continual_train.fit, [], []
+def test_a_task_trains_with_its_own_factors_alone(tmp_path, monkeypatch):
+    """Those of the task before are gone, and no array is a slice or a projection matrix."""
+    fit, window, protect = continual_train.fit, loop._window, continual.protect
+    before, alive, protected, seen = [], [], {}, []
+
+    def protecting(*args, **kwargs):
+        slices = protect(*args, **kwargs)
+        for path in slices:
+            protected[path] = slices.protected(path)
+        return slices
 
     def watching(*args, **kwargs):
         gc.collect()
@@ -92,10 +100,27 @@ def test_a_task_trains_without_the_factors_of_the_one_before(tmp_path, monkeypat
         before[:] = map(weakref.ref, jax.tree.leaves(fitted.factors))
         return fitted
 
+    def listing(*args):
+        found = window(*args)
+        for p in protected.values():
+            projection = p @ p.T
+            bad = (p, projection, np.eye(len(p)) - projection)
+            for array in jax.live_arrays():
+                seen.append(array.shape)
+                for one in bad:
+                    same = array.shape == one.shape and array.dtype == one.dtype
+                    assert not same or np.abs(np.asarray(array) - one).max() > 1e-3
+        return found
+
+    monkeypatch.setattr(continual, "protect", protecting)
     monkeypatch.setattr(continual_train, "fit", watching)
+    monkeypatch.setattr(loop, "_window", listing)
     continual_train.run(small(tasks=3, epochs=1), tmp_path, "lance")
     assert before, "the last task has factors"
     assert alive == [0, 0, 0]
+    # the directions of the factors themselves are among the arrays that were looked at
+    ranks = json.loads((tmp_path / "lance" / "result.json").read_text())["tasks"][1]["update_ranks"]
+    assert {(len(protected[path]), rank) for path, rank in ranks.items() if rank} <= set(seen)
 
 
 def test_free_dimensions_fall(result, course):
@@ -179,7 +204,10 @@ class Killed(BaseException):
 # death by a signal, with LANCE, is in test_main.py
 @pytest.mark.parametrize("method", ["sgp", "lora_dynamic"])
 def test_a_run_goes_on_inside_its_task(course, method, tmp_path, monkeypatch):
-    """Stopped in the middle of the second task, and again between its end and its checkpoint."""
+    """Stopped in the middle of the second task, and again between its end and its checkpoint.
+
+    `lora_dynamic` first in the short training that tells its ranks, too.
+    """
     config, shared = small(method=method), course[1]
     whole = continual_train.run(config, tmp_path / "whole", method, shared)
 
@@ -194,15 +222,20 @@ def test_a_run_goes_on_inside_its_task(course, method, tmp_path, monkeypatch):
     monkeypatch.setattr(continual_train, "fit", counting)
     append = continual_train.metrics.Metrics.append
 
-    def dying(log, line):
-        if log._path.parent.name == "task_1" and line["step"] > 8:
-            raise Killed
-        append(log, line)
+    def dying_at(place, step):
+        def dying(log, line):
+            if log.path.parent.name == place and line["step"] > step:
+                raise Killed
+            append(log, line)
 
-    with monkeypatch.context() as context:
-        context.setattr(continual_train.metrics.Metrics, "append", dying)
-        with pytest.raises(Killed):
-            continual_train.run(config, workdir, method, shared)
+        return dying
+
+    probe = [("task_1_probe", 1)] if method == "lora_dynamic" else []
+    for place, step in [*probe, ("task_1", 8)]:
+        with monkeypatch.context() as context:
+            context.setattr(continual_train.metrics.Metrics, "append", dying_at(place, step))
+            with pytest.raises(Killed):
+                continual_train.run(config, workdir, method, shared)
     with monkeypatch.context() as context:
         learned = METHODS[method]._replace(learned=lambda setting: (_ for _ in ()).throw(Killed))
         context.setitem(METHODS, method, learned)

@@ -66,7 +66,11 @@ def with_tensorflow(name):
     [
         ("cifar10", "'cifar10' is not prepared in data_dir .*; .* pip install -e '.\\[data\\]'"),
         ("cifar11", "nor known to TensorFlow Datasets: did you mean cifar10"),
-        ("", "nor known to TensorFlow Datasets$"),
+        (
+            "",
+            r"nor known to TensorFlow Datasets\. One that is not in their catalogue must be there",
+        ),
+        ("notmnist", "did you mean mnist.*One that is not in .* layout, in '.*/notmnist/VERSION'"),
         ("/cifar10", "nor known to TensorFlow Datasets: did you mean cifar10"),
     ],
 )
@@ -154,6 +158,15 @@ def test_damaged_data_set(tmp_path, damage, message):
     with pytest.raises(ValueError, match=message) as error:
         data.tfds_pictures("cifar10", tmp_path, "train", 32)
     assert "\n" not in str(error.value)
+
+
+@needs_real_data
+def test_a_damaged_data_set_that_is_in_no_catalogue_cannot_be_prepared_again(tmp_path):
+    directory = prepared(tmp_path)
+    cut_short(directory)
+    (tmp_path / "cifar10").rename(tmp_path / "own")
+    with pytest.raises(ValueError, match="cannot be read .*; put a whole one in its place"):
+        data.tfds_pictures("own", tmp_path, "train", 32)
 
 
 @needs_real_data

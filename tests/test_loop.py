@@ -341,3 +341,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, value):
         fit(tmp_path, data, calibrate=None)
     assert [line["step"] for line in lines(tmp_path)] == [2, 4, 5, 7]
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4", "7"}
+
+
+def test_a_last_step_that_overflows_is_told(tmp_path):
+    """No loss comes after it that would tell."""
+    data = examples()._replace(inputs=1e3 * examples().inputs)
+    with pytest.raises(FloatingPointError, match="after the last step '.*kernel' holds NaN or Inf"):
+        fit(tmp_path, data, calibrate=None, batch_size=22, epochs=1, rate=1e38, clip=1e9)
+
+
+@pytest.mark.parametrize("epochs", [2, 3], ids=["in the middle", "at the end"])
+def test_lost_metrics_are_told_before_more_is_trained(tmp_path, monkeypatch, epochs):
+    fit(tmp_path, epochs=2)
+    (tmp_path / "metrics.jsonl").unlink()
+    monkeypatch.setattr(loop, "_window", None)
+    with pytest.raises(ValueError, match="tells of 0 steps of a run that has done 10; put it back"):
+        fit(tmp_path, epochs=epochs)

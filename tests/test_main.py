@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from lance_jax import main, train
@@ -63,6 +64,24 @@ def test_an_interrupt_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "compare", stop)
     main._parse_flags(["main", "--workdir", str(tmp_path)])
     with pytest.raises(SystemExit, match="^error: interrupted; the same command goes on from the"):
+        main.main(["main"])
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("no 9 GiB"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no 9 GiB\nmore")],
+)
+def test_too_little_memory_is_one_line(tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(train, "compare", fail)
+    main._parse_flags(["main", "--workdir", str(tmp_path)])
+    told = (
+        "^error: out of memory: .*no 9 GiB; a smaller config.batch_size or resolution needs less$"
+    )
+    with pytest.raises(SystemExit, match=told):
         main.main(["main"])
 
 

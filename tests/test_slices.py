@@ -93,6 +93,19 @@ def test_nothing_is_left_of_what_is_protected_already(rule):
     assert complement(np.zeros((12, 12)), None, 0.9, rule=rule).shape == (12, 0)
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_rounding_is_no_direction(dtype, rule):
+    """Of sums over inputs of few directions, also where all that there is was asked for."""
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(4000, 6)) @ orthonormal(rng, 80, 6).T).astype(dtype)
+    u = complement(x.T @ x, None, 1.0, rule=rule)
+    assert u.shape == (80, 6)
+    assert complement(x.T @ x, u, 1.0, rule=rule).shape == (80, 0)
+    more = (rng.normal(size=(4000, 9)) @ orthonormal(rng, 80, 9).T).astype(dtype)
+    assert complement(more.T @ more, u, 1.0, rule=rule).shape == (80, 9)
+
+
 def test_slices_stay_orthogonal_over_twenty_tasks():
     rng = np.random.default_rng(0)
     slices = np.zeros((300, 0), np.float32)
@@ -128,6 +141,12 @@ def test_bad_input(arguments, told):
         complement(*arguments)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_negative_matrix_is_no_gram_matrix(rule):
+    with pytest.raises(ValueError, match="gram is no Gram matrix"):
+        complement(-np.eye(3), None, 0.9, rule=rule)
+
+
 def test_unknown_rule():
     with pytest.raises(ValueError, match="rule is 'gpm'; it must be one of 'residual', 'total'"):
         complement(GRAM, None, 0.9, rule="gpm")
@@ -139,11 +158,14 @@ def test_slices_as_nested_dicts_and_back():
         {"a/kernel": (np.ones(1), np.ones(1), np.arange(3.0)), "b": (np.zeros(0),) * 3},
     )
     stored = slices.as_dict()
-    assert set(stored["a/kernel"]["bases"]) == {"0", "2"} and stored["b"] == {
-        "bases": {},
-        "energies": {},
-    }
+    assert set(stored["a/kernel"]["bases"]) == {"0", "2"}
+    assert stored["b"] == {"tasks": 3, "bases": {}, "energies": {}}
     found = Slices.from_dict(stored)
     assert jax.tree.structure(found) == jax.tree.structure(slices)
     jax.tree.map(np.testing.assert_array_equal, found, slices)
     assert found.tasks == 3 and found["a/kernel"][1] is None
+
+
+def test_tasks_that_needed_nothing_are_counted():
+    slices = Slices({"a": (None, None)}, {"a": (np.zeros(0, np.float32),) * 2})
+    assert Slices.from_dict(slices.as_dict()).tasks == 2

@@ -10,6 +10,7 @@ import functools
 from typing import Any
 
 from lance_jax import continual
+from lance_jax.continual_config import threshold
 from lance_jax.continual_methods.method import Memory, Method, Plan, Setting, nbytes, weights_alone
 from lance_jax.factors import Factors, LayerFactors
 from lance_jax.slices import Slices
@@ -27,14 +28,13 @@ def select(setting: Setting) -> list[str]:
 
 def protect(setting: Setting, rule: str = "total") -> tuple[Any, Memory]:
     """After a task: one more slice of each layer."""
-    config = setting.config
     slices = continual.protect(
         slices_of(setting.memory),
         setting.apply_fn,
         setting.params,
         setting.batches(),
         select=select(setting),
-        threshold=min(config.threshold + config.threshold_step * setting.task, 1.0),
+        threshold=threshold(setting.config, setting.task),
         rule=rule,
     )
     return setting.params, {"slices": slices.as_dict()}
