@@ -131,13 +131,10 @@ def test_free_dimensions_fall(result, course):
         assert counts == sorted(counts, reverse=True) and counts[-1] >= 0
 
 
-@pytest.mark.parametrize(
-    ("method", "keep"), [("gpm_int4", "layers"), ("lance", "layers"), ("lance", "blocks")]
-)
-def test_what_a_task_changes_is_orthogonal_to_what_earlier_tasks_need(
-    course, method, keep, tmp_path
-):
-    (_, before, after), _ = learnt(course, method, tmp_path, keep=keep)
+@pytest.mark.parametrize("keep", ["layers", "blocks"])
+def test_what_a_task_changes_is_orthogonal_to_what_earlier_tasks_need(course, keep, tmp_path):
+    """With LANCE; that GPM's gradients are is in test_continual_methods.py."""
+    (_, before, after), _ = learnt(course, "lance", tmp_path, keep=keep)
     slices = Slices.from_dict(before.memory["method"]["slices"])
     start, end = (dict(leaves(state.state["params"])) for state in (before, after))
     moved = 0
@@ -201,13 +198,13 @@ class Killed(BaseException):
     """Death at a moment that no code of the program can answer."""
 
 
-# death by a signal, with LANCE, is in test_main.py
-@pytest.mark.parametrize("method", ["sgp", "lora_dynamic"])
-def test_a_run_goes_on_inside_its_task(course, method, tmp_path, monkeypatch):
+def test_a_run_goes_on_inside_its_task(course, tmp_path, monkeypatch):
     """Stopped in the middle of the second task, and again between its end and its checkpoint.
 
-    `lora_dynamic` first in the short training that tells its ranks, too.
+    With the method that trains most often: first in the short training that tells the ranks, too.
+    Death by a signal, with LANCE, is in test_main.py.
     """
+    method = "lora_dynamic"
     config, shared = small(method=method), course[1]
     whole = continual_train.run(config, tmp_path / "whole", method, shared)
 
@@ -230,8 +227,7 @@ def test_a_run_goes_on_inside_its_task(course, method, tmp_path, monkeypatch):
 
         return dying
 
-    probe = [("task_1_probe", 1)] if method == "lora_dynamic" else []
-    for place, step in [*probe, ("task_1", 8)]:
+    for place, step in [("task_1_probe", 1), ("task_1", 8)]:
         with monkeypatch.context() as context:
             context.setattr(continual_train.metrics.Metrics, "append", dying_at(place, step))
             with pytest.raises(Killed):
