@@ -85,7 +85,8 @@ def cosines(config, problem, factors, params) -> dict[str, float]:
         for apply_fn in (problem.apply_fn, lance_jax.compress(problem.apply_fn, factors))
     )
     found = {layer: [] for layer in problem.layers}
-    for batch in itertools.islice(batches(config, problem), BATCHES):
+    drawn = batches(problem.train, config.batch_size, config.seed)
+    for batch in itertools.islice(drawn, BATCHES):
         (_, exact), (_, ours) = plain(params, *batch), fast(params, *batch)
         for layer in found:
             block, name = layer.split("/")

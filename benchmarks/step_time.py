@@ -85,7 +85,9 @@ def measure(
         return lambda *examples: steps[name](*examples[place])
 
     # the same examples of every problem
-    examples = zip(*(batches(configs[PLAIN], one) for one in problems.values()), strict=True)
+    size, seed = configs[PLAIN].batch_size, configs[PLAIN].seed
+    each = (batches(one.train, size, seed) for one in problems.values())
+    examples = zip(*each, strict=True)
     seconds = interleaved({name: on_its_problem(name) for name in steps}, examples, rounds)
     return [
         {
@@ -176,7 +178,8 @@ def measure_decomposition(
         "projection": jax.jit(functools.partial(project, core_dtype=None)),
         "projection_int4": jax.jit(functools.partial(project, core_dtype="int4")),
     }
-    examples = ((inputs(problem.params, x),) for x, _ in batches(config, problem))
+    drawn = batches(problem.train, config.batch_size, config.seed)
+    examples = ((inputs(problem.params, x),) for x, _ in drawn)
     seconds = interleaved(calls, examples, rounds)
     return {
         "model": model,
@@ -211,11 +214,12 @@ def core(x: jax.Array, bases: Any) -> jax.Array:
 # --- timing ---------------------------------------------------------------------------------------
 
 
-def batches(config: Config, problem: Problem) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Endless training batches (inputs, labels)."""
-    for indices in Loader(len(problem.train.labels), config.batch_size, config.seed):
-        inputs = jnp.asarray(problem.train.read(indices))
-        yield inputs, jnp.asarray(problem.train.labels[indices])
+def batches(
+    examples: loop.Examples, batch_size: int, seed: int
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """Endless batches (inputs, labels)."""
+    for indices in Loader(len(examples.labels), batch_size, seed):
+        yield jnp.asarray(examples.read(indices)), jnp.asarray(examples.labels[indices])
 
 
 def interleaved(

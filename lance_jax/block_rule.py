@@ -15,6 +15,7 @@ from lance_jax.conv import Conv
 from lance_jax.cpu_conv import conv_p
 from lance_jax.dense import Dense, gram
 from lance_jax.factors import LayerFactors
+from lance_jax.layer_rule import SCOPE
 from lance_jax.modes import Steps, apply_chain, cheapest_chain
 from lance_jax.quantize import Stored, load, store
 
@@ -203,7 +204,8 @@ def apply(
         return None, grads, None, None
 
     attach.defvjp(forward, backward)
-    ys = run({}, [lax.stop_gradient(v) if _has_gradient(v) else v for v in values])
+    with jax.named_scope(SCOPE):
+        ys = run({}, [lax.stop_gradient(v) if _has_gradient(v) else v for v in values])
     return attach(ys, list(values), factors, nodes)
 
 

@@ -21,6 +21,7 @@ from lance_jax.interpreter import Named, Trips
 from lance_jax.jaxprs import Ref, prims
 from lance_jax.layer_rule import Product
 
+COMPRESSED = "it is compressed already"
 _CONVOLUTIONS = (lax.conv_general_dilated_p, conv_p)
 _PRODUCTS = (lax.dot_general_p, *_CONVOLUTIONS)
 
@@ -229,7 +230,7 @@ def weight_of(eqn: Any, refs: list[Ref | None]) -> int | Skipped | None:
     if len(views) == 2:
         return Skipped(path, "both operands are parameters")
     if layer_rule.SCOPE in str(eqn.source_info.name_stack):
-        return Skipped(path, "it is compressed already")
+        return Skipped(path, COMPRESSED)
     if not views:
         if len(made_of) == 2:
             return None  # arithmetic among parameters

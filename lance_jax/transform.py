@@ -8,10 +8,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from lance_jax import block_rule, interpreter, jaxprs, layer_rule, pointwise
-from lance_jax.factors import Factors, LayerFactors, as_factors
+from lance_jax.factors import Factors, LayerFactors, Skipped, as_factors
 from lance_jax.interpreter import Remat, Site
 from lance_jax.jaxprs import prims
 from lance_jax.layers import (
+    COMPRESSED,
     BlockNames,
     Found,
     Use,
@@ -136,9 +137,7 @@ def check(factors: Factors, found: Found) -> None:
         if path not in found.uses:
             near = difflib.get_close_matches(path, found.uses, n=3, cutoff=0.3)
             hint = f"; the nearest are {', '.join(near)}" if near else ""
-            reason = next(
-                (s.reason for s in found.layers.skipped if path in s.path.split(" + ")), ""
-            )
+            reason = _reason(path, found.layers.skipped)
             why = f"cannot be compressed: {reason}" if reason else "matches no layer"
             errors.append(f"factors[{path!r}] {why}{hint}")
             continue
@@ -146,6 +145,15 @@ def check(factors: Factors, found: Found) -> None:
             errors += _misfits(path, layer, use)
     if errors:
         raise ValueError("; ".join(dict.fromkeys(errors)))
+
+
+def _reason(path: str, skipped: Sequence[Skipped]) -> str:
+    """Why a layer was skipped; a block that is compressed is known by its layers alone."""
+    for place, reason in skipped:
+        in_block = reason == COMPRESSED and place.startswith(f"{path}/")
+        if in_block or path in place.split(" + "):
+            return reason
+    return ""
 
 
 def _misfits(path: str, factors: LayerFactors, use: Use) -> Iterator[str]:

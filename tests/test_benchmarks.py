@@ -144,7 +144,7 @@ def test_the_whole_decomposition_gives_the_exact_gradient():
 
 
 def assert_equal_gradients(plain, other):
-    batch = next(step_time.batches(config(), problem()))
+    batch = next(step_time.batches(problem().train, config().batch_size, seed=0))
     patterns = train.trainable_patterns("backprop", problem().layers)
     expected, found = (
         lance_jax.value_and_grad(loop.loss_of(fn), trainable=patterns)(problem().params, *batch)

@@ -140,6 +140,23 @@ def test_compressed_twice():
     assert [layer.path for layer in found] == ["b"]
 
 
+def test_a_block_compressed_twice():
+    """Its layers are compressed with it, so that no factors of theirs could do anything."""
+    params = {"block_1": MLP}
+
+    def apply_fn(params, x):
+        return mlp(params["block_1"], x)
+
+    blocked = lance_jax.blocks(apply_fn, "block_1")
+    factors = lance_jax.calibrate(blocked, params, [random(5, 4)])
+    once = lance_jax.compress(blocked, factors)
+    for again in (factors, feature({"block_1/a": orthonormal(4, 2)})):
+        with pytest.raises(ValueError, match="'block_1.*it is compressed already"):
+            lance_jax.compress(once, again)(params, random(5, 4))
+    found = lance_jax.layers(once, params, random(5, 4))
+    assert not found and [place for place, _ in found.skipped] == ["block_1/a", "block_1/b"]
+
+
 def test_factors_that_are_no_factors():
     wrongs: list[Any] = [None, 3, {"a": orthonormal(4, 2)}]
     for wrong in wrongs:
