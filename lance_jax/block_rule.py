@@ -15,7 +15,7 @@ from lance_jax.conv import Conv
 from lance_jax.cpu_conv import conv_p
 from lance_jax.dense import Dense, gram
 from lance_jax.factors import LayerFactors
-from lance_jax.layer_rule import SCOPE
+from lance_jax.layer_rule import SCOPE, no_second_derivative
 from lance_jax.modes import Steps, apply_chain, cheapest_chain
 from lance_jax.quantize import Stored, load, store
 
@@ -23,7 +23,7 @@ _PRECISION = lax.Precision.HIGHEST  # a full basis gives back what was projected
 # The names of the axes, by their number: the first is the batch, the last the features.
 _AXES: dict[int, tuple[str, ...]] = {
     0: (),
-    1: ("feature",),
+    1: ("feature",),  # or, beside larger ones, a number for each sample
     2: ("batch", "feature"),
     3: ("batch", "token", "feature"),
     4: ("batch", "height", "width", "channel"),
@@ -82,9 +82,10 @@ class Block:
     def _places(self) -> dict[str, tuple[int, int]]:
         """Mode name -> (which activation, which of its axes)."""
         places = {}
+        most = max(map(len, self.x_shapes), default=0)
         for i, shape in enumerate(self.x_shapes):
             number = f"{i}." if len(self.x_shapes) > 1 else ""
-            for axis, name in enumerate(_axis_names(len(shape))):
+            for axis, name in enumerate(_axis_names(len(shape), most)):
                 places[f"{number}{name}"] = i, axis
         return places
 
@@ -146,7 +147,10 @@ def _ranks(bases: Mapping[str, jax.Array]) -> dict[str, int]:
     return {mode: u.shape[-1] for mode, u in bases.items()}
 
 
-def _axis_names(ndim: int) -> tuple[str, ...]:
+def _axis_names(ndim: int, most: int) -> tuple[str, ...]:
+    """Of an activation, beside others of at most that many axes."""
+    if ndim == 1 < most:
+        return ("batch",)
     if ndim in _AXES:
         return _AXES[ndim]
     return ("batch", *(f"token{i}" for i in range(ndim - 2)), "feature")
@@ -182,6 +186,8 @@ def apply(
         return ys
 
     def forward(ys, values, factors, nodes):
+        for value in filter(_has_gradient, values):
+            no_second_derivative(value)
         stored = keep(block, [values[i] for i in block.operands], factors)
         rest = [None if i in block.operands else value for i, value in enumerate(values)]
         return ys, (stored, rest, factors, nodes)
@@ -232,14 +238,16 @@ def _after(dys: Sequence[Any], x: jax.Array) -> jax.Array:
     """x bit for bit, but not before the cotangents are there.
 
     Without it the compiler merges the recomputed block with the first one, or begins early and
-    holds several at once; `lax.optimization_barrier` is gone by then on a CPU. Zero times a number
-    is not simplified: it could be NaN, and then so are the gradients.
+    holds several at once; `lax.optimization_barrier` is gone by then on a CPU. Of every cotangent,
+    since some are zeros that the compiler knows, such as those of updated statistics. The lesser of
+    zero and an absolute value is not simplified.
     """
-    dy = next((dy for dy in dys if _has_gradient(dy) and dy.size), None)
-    if dy is None:
-        return x
-    zero = 0 * jnp.abs(dy[(0,) * dy.ndim])  # +0, and x - 0 is x for -0, too
-    return x - zero.astype(x.dtype)
+    zero = jnp.zeros((), jnp.float32)
+    for dy in dys:
+        if _has_gradient(dy) and dy.size:
+            one = jnp.abs(dy[(0,) * dy.ndim]).astype(jnp.float32)
+            zero = zero + jnp.minimum(jnp.where(jnp.isnan(one), 0, one), 0)
+    return x - zero.astype(x.dtype)  # x - 0 is x for -0, too
 
 
 def _macs(jaxpr: Any) -> int:

@@ -49,9 +49,11 @@ def blocks(apply_fn: Callable, pattern: str) -> Callable:
       ValueError: for what is no regular expression; when called, if it matches no parameter, or
         nothing that uses one, or if blocks interleave.
     """
+    if not isinstance(pattern, str):
+        raise ValueError(f"pattern is {pattern!r}; it must be a string, a regular expression")
     try:
         regex = re.compile(pattern)
-    except (re.error, TypeError) as error:
+    except re.error as error:
         raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from None
 
     def name_of(path: str) -> str | None:
@@ -157,7 +159,8 @@ def _runs(
             continue
         before = max((i for i in using if i < first), default=-1) + 1
         after = min((i for i in using if i > last), default=len(jaxpr.eqns))
-        start, stop = _cut(crossing, before, first), _cut(crossing, last + 1, after)
+        start = _back(operands, before, _cut(crossing, before, first))
+        stop = _back(operands, last + 1, _cut(crossing, last + 1, after))
         nodes[start] = Run(name, stop)
         nodes |= {i: Skip() for i in range(start + 1, stop)}
     return nodes
@@ -166,6 +169,13 @@ def _runs(
 def _cut(crossing: Sequence[int], first: int, last: int) -> int:
     """Where the fewest bytes cross; of several such places the last."""
     return min(range(last, first - 1, -1), key=lambda i: crossing[i])
+
+
+def _back(operands: Sequence[Refs], least: int, i: int) -> int:
+    """Before the arithmetic among parameters that ends at i: it goes with what comes after."""
+    while i > least and all(ref is not None for ref in operands[i - 1]):
+        i -= 1
+    return i
 
 
 def _crossing(jaxpr: Jaxpr, operands: Sequence[Refs]) -> list[int]:

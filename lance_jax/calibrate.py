@@ -253,8 +253,11 @@ def _centred(
 def _check_finite(path: str, sums: dict[str, np.ndarray]) -> None:
     if not all(np.isfinite(total).all() for total in sums.values()):
         raise ValueError(f"the input of {path!r} holds NaN or Inf in the calibration batches")
-    if not all(total.any() for mode, total in sums.items() if mode != SUM):
-        raise ValueError(f"the input of {path!r} is all zero in the calibration batches")
+    for mode, total in sums.items():
+        if mode != SUM and not total.any():
+            number, _, axis = mode.rpartition(".")
+            which = f"activation {number} that enters" if axis and number else "the input of"
+            raise ValueError(f"{which} {path!r} is all zero in the calibration batches")
 
 
 def _basis(path: str, mode: str, total: np.ndarray, energy: float) -> np.ndarray:

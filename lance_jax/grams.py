@@ -12,7 +12,16 @@ from lance_jax import hosvd, interpreter, jaxprs
 from lance_jax.block_rule import Block
 from lance_jax.interpreter import Remat, Site
 from lance_jax.layer_rule import Product
-from lance_jax.layers import BlockNames, Use, block_of, block_scans, find, product_of, weight_of
+from lance_jax.layers import (
+    BlockNames,
+    Found,
+    Use,
+    block_of,
+    block_scans,
+    find,
+    product_of,
+    weight_of,
+)
 from lance_jax.modes import accumulator
 
 # Beside the Gram matrices, for a mean: the sum of the inputs over the batch, and their number.
@@ -62,6 +71,7 @@ def _grams(apply_fn: Callable, static: Any, wanted: Any, arrays: list[Any]) -> A
     params, batch = static.join(arrays)
     traced = jaxprs.trace(apply_fn, params, *batch)
     found = find(traced)
+    _check_same(found, wanted)
     probes = {path: _probes(found.uses[path][0], modes) for path, modes in wanted.items()}
 
     def run(probes):
@@ -83,6 +93,18 @@ def _grams(apply_fn: Callable, static: Any, wanted: Any, arrays: list[Any]) -> A
 
     outs, vjp = jax.vjp(run, probes)
     return vjp([jnp.zeros_like(out) for out in outs])[0]
+
+
+def _check_same(found: Found, wanted: dict[str, tuple[str, ...]]) -> None:
+    """The layers and blocks, and what enters them, are those of the first batch."""
+    for path, modes in wanted.items():
+        there = found.uses[path][0].product.modes if path in found.uses else {}
+        for mode in modes:
+            if mode not in (*there, SUM, COUNT):
+                raise ValueError(
+                    f"in one batch {path!r} has no {mode} mode, as it had in the first; what "
+                    "enters a block may depend on the batches' shape: give those of one shape"
+                )
 
 
 def _probes(use: Use, modes: Sequence[str]) -> dict[str, jax.Array]:

@@ -36,6 +36,7 @@ def apply(
         return y
 
     def forward(y, x, w, factors):
+        no_second_derivative(w)
         return y, (keep(layer, x, factors), factors)
 
     def backward(saved, dy):
@@ -56,6 +57,22 @@ def apply(
     with jax.named_scope(SCOPE):
         y = product(x, lax.stop_gradient(w))
         return y if factors.frozen else attach(y, x, w, factors)
+
+
+@jax.custom_jvp
+def no_second_derivative(x: jax.Array) -> jax.Array:
+    """x; ValueError where the forward rule that it stands in is itself differentiated by it.
+
+    The rules give their results without a derivative, which second ones would silently miss.
+    """
+    return x
+
+
+@no_second_derivative.defjvp
+def _refuse(primals: Any, tangents: Any) -> Any:
+    raise ValueError(
+        "a compressed function has first derivatives alone; take second ones of the plain function"
+    )
 
 
 def keep(layer: Product, x: jax.Array, factors: LayerFactors) -> Stored:

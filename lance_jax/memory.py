@@ -115,7 +115,7 @@ class Report:
         )
 
     def _recomputed_lines(self) -> list[str]:
-        if not self.macs_recomputed:
+        if not self.macs_recomputed and not self.transient:
             return []
         return [f"recomputed   {self.macs_recomputed:,} MACs, {self.transient:,} bytes at a time"]
 
@@ -168,15 +168,24 @@ def report(
         kwargs = {"factors": factors}
         return trace_phases(fast, chosen, has_aux, params, args, kwargs).kept.nbytes
 
-    recomputed = [found.uses[row.path] for row in rows if row.kind == "block"]
     return Report(
         SavedBytes(sum(row.bytes for row in rows), total(factors, pointwise.match, False)),
         SavedBytes(sum(row.bytes_backprop for row in rows), total(Factors(), _one_bit, True)),
         factors.nbytes,
         transient(traced, factors, trained),
-        sum(use.product.macs * use.runs for uses in recomputed for use in uses),
+        _macs_recomputed(found, {row.path for row in rows if row.kind == "block"}),
         rows,
     )
+
+
+def _macs_recomputed(found: Found, blocks: set[str]) -> int:
+    """Of these blocks, and once more of every block in one of them."""
+    macs, inside = 0, set(blocks)
+    for path, uses in found.uses.items():
+        if isinstance(uses[0].product, Block) and (path in inside or uses[0].block in inside):
+            inside.add(path)
+            macs += sum(use.product.macs * use.runs for use in uses)
+    return macs
 
 
 def _one_bit(jaxpr: Any, i: int) -> interpreter.Nodes:

@@ -88,12 +88,17 @@ def match(jaxpr: Any, i: int) -> interpreter.Nodes:
     for group in _groups(jaxpr, i):
         eqns = [jaxpr.eqns[j] for j in group]
         inputs = _inputs(eqns)
-        if len(inputs) == 1 and inputs[0].aval.shape == out.shape:
+        if len(inputs) == 1 and _is_like(inputs[0].aval, out):
             slopes = _slopes(eqns)
             if 2 <= len(slopes) <= 3:
                 mask = Mask(tuple(group), tuple(slopes), tuple(slopes.values()))
                 found = {**dict.fromkeys(group[:-1], interpreter.Skip()), i: mask}
     return found
+
+
+def _is_like(x: Any, out: Any) -> bool:
+    """Whether one has an element for each of the other, and both can have a slope."""
+    return x.shape == out.shape and jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def _groups(jaxpr: Any, i: int) -> Iterator[list[int]]:

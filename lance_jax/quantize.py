@@ -15,6 +15,8 @@ _RANGE = 32  # neighbouring groups that share the range in which their bounds li
 # Between the ends of a range. Two more fill a byte: its ends are rounded outwards to whole units.
 # The half keeps the greatest of values from 0 on off a whole unit, where rounding errors decide.
 _UNITS = 253.5
+# What is taken for larger than that, such as the -inf of a mask: so that no range overflows.
+_MOST = float(np.finfo(np.float32).max) / 4
 _ODD = 0x9E3779B9  # the golden ratio of 2**32
 _MIX = ((16, 0x85EBCA6B), (13, 0xC2B2AE35))
 
@@ -58,7 +60,7 @@ def store(core: jax.Array, core_dtype: str | None) -> Stored:
         return Stored(core)
     if core_dtype == "bfloat16":
         return Stored(core.astype(jnp.bfloat16))
-    columns = _in_groups(core.astype(jnp.float32))
+    columns = _in_groups(jnp.clip(core.astype(jnp.float32), -_MOST, _MOST))
     low, high = columns.min(1), columns.max(1)
     groups = _in_ranges(low, high)
     bits, _, rounding = core_dtype.partition("_")
@@ -76,9 +78,14 @@ def load(stored: Stored, core_dtype: str | None, shape: tuple[int, ...], dtype: 
     size, bits = math.prod(shape), str(core_dtype).partition("_")[0]
     groups = stored.groups.bounds.shape[1]
     columns = _unpack4(stored.data, groups) if bits == "int4" else _in_groups(stored.data)
-    least, width = _ends(stored.groups)
+    least, greatest = _ends(stored.groups)
     columns = columns.astype(jnp.float32)
-    columns = least[:, None] + columns * (width / _STEPS[bits])[:, None]
+    between = least[:, None] + columns * ((greatest - least) / _STEPS[bits])[:, None]
+    # exact at both ends: beside the -1e9 of a mask, rounding would make of 0 another number
+    columns = jnp.where(columns == _STEPS[bits], greatest[:, None], between)
+    most = float(jnp.finfo(dtype).max)
+    if most < _MOST:  # float16, of which a bound may be rounded outwards
+        columns = jnp.clip(columns, -most, most)
     return columns.reshape(-1)[:size].reshape(shape).astype(dtype)
 
 
@@ -119,16 +126,17 @@ def _each(ranges: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _ends(groups: Groups) -> tuple[jax.Array, jax.Array]:
-    """(least, width) of each group: (groups, channels)."""
+    """(least, greatest) of each group: (groups, channels)."""
     unit, least = _each(groups.ranges, groups.bounds.shape[1:])
     low, high = groups.bounds.astype(jnp.float32)
-    return (least + low) * unit, (high - low) * unit
+    return (least + low) * unit, (least + high) * unit
 
 
 def _values(
-    columns: jax.Array, least: jax.Array, width: jax.Array, steps: int, noise: jax.Array | float
+    columns: jax.Array, least: jax.Array, greatest: jax.Array, steps: int, noise: jax.Array | float
 ) -> jax.Array:
     """The nearest of the steps between a group's bounds: uint8, (groups, values, channels)."""
+    width = greatest - least
     step = jnp.where(width > 0, width / steps, 1.0)
     # quotients of the groups: XLA would work out `least` anew for each value
     places = columns * (1 / step)[:, None] - (least / step)[:, None]

@@ -45,10 +45,11 @@ def compress(
         (exact: 1 bit an element, 1.6 bits where ties have a slope of their own).
 
     Returns:
-      A function of `apply_fn`'s signature. It supports reverse-mode differentiation only.
+      A function of `apply_fn`'s signature. It supports reverse-mode differentiation only, once.
 
     Raises:
-      ValueError: when called, for a path that is no layer, or a basis that does not fit its input.
+      ValueError: when called, for a path that is no layer, or a basis that does not fit its input;
+        when differentiated twice by a layer's weight or what enters a block.
     """
     factors = as_factors(factors)
     return rewrite(apply_fn, factors, pointwise.match if masks else lambda jaxpr, i: {})

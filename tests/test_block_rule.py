@@ -153,6 +153,20 @@ def test_nothing_but_cores_is_kept(name, core_dtype):
     assert sorted(got) == sorted(want + outside)
 
 
+def convolutions(text):
+    return len(re.findall(r" convolution\(|__cudnn\$conv", text))
+
+
+def products(text):
+    return len(re.findall(r" dot\(|__cublas\$gemm|gemm_fusion_dot", text))
+
+
+def optimised(function, *args):
+    """The compiled program, optimised as a user's is."""
+    options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+    return jax.jit(function).lower(*args).compile(compiler_options=options).as_text()
+
+
 def test_the_compiler_does_not_merge_the_recomputed_forward_with_the_first():
     """Neither in the second phase nor in one program.
 
@@ -162,18 +176,16 @@ def test_the_compiler_does_not_merge_the_recomputed_forward_with_the_first():
     forward, backward = 1 + 2 * BLOCKS, 2 * 2 * BLOCKS + 1  # of the stem dW alone
     again = 2 * BLOCKS
 
-    def convolutions(function, *args):
-        options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
-        compiled = jax.jit(function).lower(*args).compile(compiler_options=options)
-        return len(re.findall(r" convolution\(|__cudnn\$conv", compiled.as_text()))
+    def count(function, *args):
+        return convolutions(optimised(function, *args))
 
-    assert convolutions(jax.grad(loss_of(net.plain)), net.params, net.x) == forward + backward
+    assert count(jax.grad(loss_of(net.plain)), net.params, net.x) == forward + backward
     for core_dtype in (None, "int8"):
         fast = lance_jax.compress(blocked(net), factors(net, {}, core_dtype))
         vg = lance_jax.value_and_grad(loss_of(fast))
         _, saved = vg.forward(net.params, net.x)
-        assert convolutions(vg.backward, saved, net.params, net.x) == again + backward
-        whole = convolutions(jax.grad(loss_of(fast)), net.params, net.x)
+        assert count(vg.backward, saved, net.params, net.x) == again + backward
+        whole = count(jax.grad(loss_of(fast)), net.params, net.x)
         assert whole == forward + again + backward
 
 
@@ -241,6 +253,89 @@ def test_a_block_of_integers_keeps_nothing():
     _, saved = lance_jax.value_and_grad(loss).forward(params, tokens)
     assert [leaf.shape for leaf in saved] == [(2, 2, 5)]  # the output, for the loss
     assert_close(jax.grad(loss)(params, tokens), jax.grad(loss_of(apply))(params, tokens))
+
+
+@pytest.mark.parametrize("statistics_first", [False, True])
+def test_a_block_with_statistics_is_not_merged_with_the_first_pass(statistics_first):
+    """Their cotangents are zeros, which the compiler knows."""
+
+    def apply(params, x):
+        def block(w, x):
+            h = jnp.sin(x @ w)
+            outs = jnp.cos(h @ w), lax.stop_gradient(h.mean(0))
+            return outs[::-1] if statistics_first else outs
+
+        for name in ("block0", "block1"):
+            outs = jax.checkpoint(block)(params[name]["w"], x)
+            x = outs[statistics_first]
+        return jnp.sin(x).sum(), outs[1 - statistics_first]
+
+    params = {"block0": {"w": W}, "block1": {"w": W + 1}}
+    fast = lance_jax.compress(apply, {name: LayerFactors({}) for name in params})
+    text = optimised(jax.grad(fast, has_aux=True), params, jnp.sin(random(4, 5)))
+    # forward, again, and of each product dx and dW; no dx of the arguments
+    assert products(text) == 4 + 4 + 8 - 1
+
+
+def test_a_cotangent_that_overflows_spoils_no_other_sample():
+    net = BLOCKED["residual"]
+    fast = lance_jax.compress(blocked(net), factors(net, {}))
+    ys, vjp = jax.vjp(lambda x: fast(net.params, x), net.x)
+    dx = vjp(jnp.ones_like(ys).at[0].set(jnp.inf))[0]
+    assert jnp.isfinite(dx[1:]).all() and not jnp.isfinite(dx[0]).all()
+
+
+def test_there_are_no_second_derivatives():
+    """Silently wrong they would be."""
+    net = BLOCKED["residual"]
+    layer = lance_jax.compress(net.plain, {"block1/conv1": LayerFactors({})})
+    for fast in (lance_jax.compress(blocked(net), factors(net, {})), layer):
+        grad = jax.grad(loss_of(fast))
+        tangent = jax.tree.map(jnp.ones_like, net.params)
+        squares = lambda p, g=grad: sum((a**2).sum() for a in jax.tree.leaves(g(p, net.x)))  # noqa: E731
+        for second in (
+            lambda g=grad, t=tangent: jax.jvp(lambda p: g(p, net.x), (net.params,), (t,)),
+            lambda s=squares: jax.grad(s)(net.params),
+            lambda s=squares: jax.grad(jax.jit(s))(net.params),
+        ):
+            with pytest.raises(ValueError, match="a compressed function has first derivatives al"):
+                second()
+
+
+def test_a_number_for_each_sample_is_not_projected():
+    """Such as the time of a step of diffusion: its order in the batch is another each time."""
+
+    def apply(params, x, t):
+        def block(w, x, t):
+            return jnp.sin(x @ w) * t[:, None]
+
+        return jax.checkpoint(block)(params["a"]["w"], jnp.cos(x), jnp.exp(t)).sum()
+
+    params, x, t = {"a": {"w": W}}, random(8, 5), random(8)
+    own = lance_jax.calibrate(apply, params, [(x, t), (x[:3], t[:3])], energy=1.0)
+    assert set(own["a"].bases) == {"0.feature"}
+    grads = jax.grad(lance_jax.compress(apply, own))(params, x, t[::-1])
+    assert_close(grads, jax.grad(apply)(params, x, t[::-1]))
+
+
+def test_what_enters_must_be_the_same_in_all_batches():
+    def apply(params, x):
+        enter = (jnp.sin(x), jnp.cos(x)) if x.shape[1] > 4 else (jnp.sin(x),)
+        block = jax.checkpoint(lambda w, *xs: sum(x @ w for x in xs))
+        return block(params["a"]["w"], *enter)
+
+    batches = [random(2, 6, 5), random(2, 4, 5)]
+    with pytest.raises(ValueError, match="in one batch 'a' has no 0.token mode, as it had in the"):
+        lance_jax.calibrate(apply, {"a": {"w": W}}, batches)
+
+
+def test_of_several_activations_the_one_of_zeros_is_named():
+    def apply(params, x, bias):
+        block = jax.checkpoint(lambda w, x, bias: jax.nn.softmax(x @ w + bias))
+        return block(params["a"]["w"], jnp.sin(x), jnp.sin(bias))
+
+    with pytest.raises(ValueError, match="activation 1 that enters 'a' is all zero in the calibr"):
+        lance_jax.calibrate(apply, {"a": {"w": W}}, [(random(4, 5), jnp.zeros((4, 5)))])
 
 
 def test_several_activations_have_factors_of_their_own():

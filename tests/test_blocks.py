@@ -227,7 +227,8 @@ def under_one(params, x):
     [
         (chain, "^c", "pattern '^c' matches no parameter; there are a/v, a/w, b/v, b/w, head"),
         (chain, "(", "pattern '(' is no regular expression"),
-        (chain, 3, "pattern 3 is no regular expression"),
+        (chain, 3, "pattern is 3; it must be a string, a regular expression"),
+        (chain, b"block", "pattern is b'block'; it must be a string"),
         (chain, "^x?", "pattern '^x?' matches an empty text in 'a/v'; a block needs a name"),
         (interleaved, "^[ab]", "blocks interleave: 'a' is used, then 'b', then 'a' again"),
         (under_one, "^a", "blocks interleave: 'a' is used, then 'norm', then 'a' again"),
@@ -243,3 +244,30 @@ def test_errors(apply, pattern, message):
 def test_parameters_that_no_equation_uses_are_no_block():
     with pytest.raises(ValueError, match="no block of equations"):
         lance_jax.blocks(lambda params, x: x @ params["head"], "^a")(CHAIN, X)
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_arithmetic_among_parameters_is_part_of_its_block(scanned):
+    """Else its result would be kept: here W + A B of an adapter."""
+    lora = {"w": random(5, 5) / 3, "a": random(5, 2), "b": random(2, 5) / 9}
+
+    def block(p, x):
+        return jnp.tanh(x @ (p["w"] + p["a"] @ p["b"]))
+
+    def apply(params, x):
+        x = jnp.sin(x)
+        if scanned:
+            return lax.scan(lambda x, p: (block(p, x), None), x, params["blocks"])[0]
+        for name in params:
+            x = block(params[name], x)
+        return x
+
+    params = {name: lora for name in ("block0", "block1", "block2")}
+    if scanned:
+        params = {"blocks": jax.tree.map(lambda *a: jnp.stack(a), *params.values())}
+    blocked = lance_jax.blocks(apply, r"block\w")
+    vg = lance_jax.value_and_grad(loss_of(blocked))
+    _, saved = vg.forward(params, X)
+    shapes = [leaf.shape for leaf in saved]
+    assert (5, 5) not in shapes and (3, 5, 5) not in shapes
+    assert_close(jax.grad(loss_of(blocked))(params, X), jax.grad(loss_of(apply))(params, X))

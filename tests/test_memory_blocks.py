@@ -97,6 +97,27 @@ def test_transient_and_macs_by_hand():
     assert f"recomputed   4,800 MACs, {by_hand:,} bytes at a time" in str(report)
 
 
+def test_a_block_in_a_block_is_recomputed_twice():
+    def net(params, x):
+        def outer(params, x):
+            inner = jax.checkpoint(lambda w, x: jnp.sin(x @ w))(params["w"], jnp.sin(x))
+            return jnp.sin(inner @ params["v"])
+
+        return jax.checkpoint(outer)(params["a"], jnp.sin(x))
+
+    report = lance_jax.report(loss_of(net), DENSE, X)
+    assert report.macs_recomputed == (2 + 1) * 10 * 6 * 20
+
+
+def test_a_block_without_products_is_reported():
+    def net(params, x):
+        return jax.checkpoint(lambda x: jnp.sin(jnp.sin(x)))(x @ params["a"]["w"])
+
+    report = lance_jax.report(loss_of(net), DENSE, X)
+    assert report.macs_recomputed == 0 < report.transient
+    assert f"recomputed   0 MACs, {report.transient:,} bytes at a time" in str(report)
+
+
 def test_layers_and_masks_inside_make_the_transient_smaller():
     net = BLOCKED["residual"]
     loss, factors = compressed(net, {}, "int8")

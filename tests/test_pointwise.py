@@ -307,3 +307,15 @@ def test_slopes_far_from_the_constants(fun):
     fast = lance_jax.compress(lambda params, x: fun(x), {})
     got = jax.vjp(lambda x: fast({}, x), x)[1](jnp.ones_like(x))[0]
     assert (got == jax.vjp(fun, x)[1](jnp.ones_like(x))[0]).all()
+
+
+def test_a_choice_of_constants_has_no_slope():
+    """Such as a mask that is added to attention's logits: its one input is of booleans."""
+
+    def apply(params, x):
+        return jnp.where(x > 0, 0.0, -1e9) * params["scale"]
+
+    x, params = jnp.array([1.0, -1.0]), {"scale": jnp.array(2.0)}
+    fast = lance_jax.compress(apply, {})
+    np.testing.assert_array_equal(fast(params, x), apply(params, x))
+    assert jax.grad(lambda p: fast(p, x).sum())(params)["scale"] == -1e9

@@ -104,3 +104,17 @@ def test_values_that_are_all_the_same(value, bits):
     core = jnp.full((40, 3), value)
     for core_dtype in (bits, f"{bits}_stochastic"):
         np.testing.assert_allclose(back(core, core_dtype), core, rtol=1e-6)
+
+
+@low_bits
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("masked", ["finite", "infinite"])
+def test_the_ends_of_a_dtype_stay_finite(bits, dtype, masked):
+    """What masks are made of: the least number, or -inf."""
+    least = float(jnp.finfo(dtype).min) if masked == "finite" else -np.inf
+    core = jnp.where(jnp.arange(64) % 3 == 0, least, 0.0).astype(dtype).reshape(4, 16)
+    for rounding in ("", "_stochastic"):
+        loaded = back(core, f"{bits}{rounding}")
+        assert jnp.isfinite(loaded).all()
+        np.testing.assert_array_equal(loaded == 0, core == 0)
+        assert float(loaded.max()) == 0 and float(loaded.min()) < -6e4
