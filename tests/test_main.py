@@ -135,6 +135,7 @@ def outcome(workdir, directories=("pretrain", "lance")):
     return found, without_times(json.loads((workdir / "lance" / "result.json").read_text()))
 
 
+@pytest.mark.slow
 def test_killed_runs_end_with_the_same_numbers(tmp_path):
     code, out, err = run("--workdir", tmp_path / "whole", *SMALL)
     assert code == 0, err
