@@ -292,7 +292,10 @@ def test_there_are_no_second_derivatives():
     for fast in (lance_jax.compress(blocked(net), factors(net, {})), layer):
         grad = jax.grad(loss_of(fast))
         tangent = jax.tree.map(jnp.ones_like, net.params)
-        squares = lambda p, g=grad: sum((a**2).sum() for a in jax.tree.leaves(g(p, net.x)))  # noqa: E731
+
+        def squares(p, g=grad):
+            return sum((a**2).sum() for a in jax.tree.leaves(g(p, net.x)))
+
         for second in (
             lambda g=grad, t=tangent: jax.jvp(lambda p: g(p, net.x), (net.params,), (t,)),
             lambda s=squares: jax.grad(s)(net.params),

@@ -299,7 +299,10 @@ def test_slices_of_other_layers_cannot_be_projected_out():
     with pytest.raises(ValueError, match=r"the slices of 'a' have shape \(27, .* has D = 75"):
         continual.project_out(slices, network, wider, x)
     fewer = {**PARAMS, "b": random(3, 3, 1, 6)}
-    other = lambda params, x: network({**params, "b": jnp.tile(params["b"], 2)}, x)  # noqa: E731
+
+    def other(params, x):
+        return network({**params, "b": jnp.tile(params["b"], 2)}, x)
+
     with pytest.raises(ValueError, match="slices have a layer 'b'; there are a, c, d, e"):
         continual.project_out(slices, other, fewer, x)
 
