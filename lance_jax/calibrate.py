@@ -255,8 +255,8 @@ def _check_finite(path: str, sums: dict[str, np.ndarray]) -> None:
         raise ValueError(f"the input of {path!r} holds NaN or Inf in the calibration batches")
     for mode, total in sums.items():
         if mode != SUM and not total.any():
-            number, _, axis = mode.rpartition(".")
-            which = f"activation {number} that enters" if axis and number else "the input of"
+            number = mode.rpartition(".")[0]
+            which = f"activation {number} that enters" if number else "the input of"
             raise ValueError(f"{which} {path!r} is all zero in the calibration batches")
 
 

@@ -58,10 +58,8 @@ def tfds_pictures(
         reason = str(error).splitlines()[0]
         again = "put a whole one in its place"
         if name in _catalogue():
-            again = (
-                f"remove that folder, and prepare it again with `python -m lance_jax.prepare {name}"
-            )
-            again += f" --data_dir {data_dir}`"
+            command = f"python -m lance_jax.prepare {name} --data_dir {data_dir}"
+            again = f"remove that folder, and prepare it again with `{command}`"
         raise ValueError(
             f"split {split!r} of data set {name!r} in {str(builder.data_path)!r} cannot be read "
             f"({reason}); {again}"

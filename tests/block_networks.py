@@ -14,6 +14,8 @@ import numpy as np
 from helpers import random
 from jax import lax
 
+import lance_jax
+
 BLOCKS = 3
 BATCH = 4
 
@@ -35,6 +37,11 @@ class Blocked(NamedTuple):
         if self.scanned:
             return jax.tree.map(lambda leaf: leaf[i], params["blocks"])
         return params[f"block{i}"]
+
+
+def blocked(net: Blocked) -> Callable:
+    """The whole network, its blocks found by their parameters."""
+    return lance_jax.blocks(net.plain, net.pattern)
 
 
 def _conv(x, kernel):

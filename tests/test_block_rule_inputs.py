@@ -1,0 +1,217 @@
+"""What enters a block, how calibration sees it, and what a block refuses."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from block_networks import BLOCKED, BLOCKS, block_inputs, blocked, loss_of
+from calibration import assert_bases
+from helpers import assert_close, assert_equal, orthonormal, random
+
+import lance_jax
+from lance_jax import Factors, LayerFactors
+
+W = random(5, 5) / 3
+
+
+def with_dropout(params, x, key, ids, training):
+    """Two blocks with a key, integers, a mask of booleans and an auxiliary output."""
+    statistics = {}
+    for i, name in enumerate(("block0", "block1")):
+
+        def block(w, x, key, mask, mean, i=i):
+            h = jnp.where(mask[:, None], jnp.sin(x @ w), 0.0) + mean
+            kept = jax.random.bernoulli(jax.random.fold_in(key, i), 0.5, h.shape)
+            return jnp.where(kept, h * 2, 0.0), 0.9 * mean + 0.1 * h.mean(0)
+
+        x, statistics[name] = jax.checkpoint(block)(
+            params[name], x, key, ids > 1, params["mean"][name]
+        )
+    return x.sum(), statistics
+
+
+AUX = {"block0": W, "block1": W + 1, "mean": {name: random(5) for name in ("block0", "block1")}}
+
+
+def test_keys_masks_and_statistics():
+    x, key, ids = random(4, 5), jax.random.key(3), jnp.arange(4)
+    found = lance_jax.layers(with_dropout, AUX, x, key, ids, True)
+    names = [layer.path for layer in found if layer.kind == "block"]
+    assert len(names) == 2
+    assert [layer.inputs for layer in found if layer.kind == "block"] == [((4, 5),)] * 2
+
+    def run(apply):
+        def loss(params):
+            return apply(params, x, key, ids, True)
+
+        return jax.value_and_grad(loss, has_aux=True)(AUX)
+
+    (value, statistics), grads = run(with_dropout)
+    whole = Factors({name: LayerFactors({}) for name in names})
+    (got, got_statistics), got_grads = run(lance_jax.compress(with_dropout, whole))
+    assert_equal((got, got_statistics), (value, statistics))
+    assert_close(got_grads, grads)
+    # statistics are those of the true forward pass, whatever is kept
+    coarse = Factors({name: LayerFactors({"feature": orthonormal(5, 1)}) for name in names})
+    (got, got_statistics), got_grads = run(lance_jax.compress(with_dropout, coarse))
+    assert_equal((got, got_statistics), (value, statistics))
+    assert not np.allclose(got_grads["block1"], grads["block1"])
+
+
+def test_a_block_of_integers_keeps_nothing():
+    """An embedding enters by its tokens alone."""
+
+    def apply(params, tokens):
+        return jax.checkpoint(lambda p, t: jnp.sin(p["table"][t]) @ p["w"])(params["e"], tokens)
+
+    params = {"e": {"table": random(7, 5), "w": W}}
+    tokens = jnp.array([[1, 2], [3, 6]])
+    block, *_ = lance_jax.layers(apply, params, tokens)
+    assert (block.path, block.inputs, dict(block.modes)) == ("e", (), {})
+    own = lance_jax.calibrate(apply, params, [tokens])
+    loss = loss_of(lance_jax.compress(apply, own))
+    _, saved = lance_jax.value_and_grad(loss).forward(params, tokens)
+    assert [leaf.shape for leaf in saved] == [(2, 2, 5)]  # the output, for the loss
+    assert_close(jax.grad(loss)(params, tokens), jax.grad(loss_of(apply))(params, tokens))
+
+
+def test_a_number_for_each_sample_is_not_projected():
+    """Such as the time of a step of diffusion: its order in the batch is another each time."""
+
+    def apply(params, x, t):
+        def block(w, x, t):
+            return jnp.sin(x @ w) * t[:, None]
+
+        return jax.checkpoint(block)(params["a"]["w"], jnp.cos(x), jnp.exp(t)).sum()
+
+    params, x, t = {"a": {"w": W}}, random(8, 5), random(8)
+    own = lance_jax.calibrate(apply, params, [(x, t), (x[:3], t[:3])], energy=1.0)
+    assert set(own["a"].bases) == {"0.feature"}
+    grads = jax.grad(lance_jax.compress(apply, own))(params, x, t[::-1])
+    assert_close(grads, jax.grad(apply)(params, x, t[::-1]))
+
+
+def test_what_enters_must_be_the_same_in_all_batches():
+    def apply(params, x):
+        enter = (jnp.sin(x), jnp.cos(x)) if x.shape[1] > 4 else (jnp.sin(x),)
+        block = jax.checkpoint(lambda w, *xs: sum(x @ w for x in xs))
+        return block(params["a"]["w"], *enter)
+
+    batches = [random(2, 6, 5), random(2, 4, 5)]
+    with pytest.raises(ValueError, match="in one batch 'a' has no 0.token mode, as it had in the"):
+        lance_jax.calibrate(apply, {"a": {"w": W}}, batches)
+
+
+def test_of_several_activations_the_one_of_zeros_is_named():
+    def apply(params, x, bias):
+        block = jax.checkpoint(lambda w, x, bias: jax.nn.softmax(x @ w + bias))
+        return block(params["a"]["w"], jnp.sin(x), jnp.sin(bias))
+
+    with pytest.raises(ValueError, match="activation 1 that enters 'a' is all zero in the calibr"):
+        lance_jax.calibrate(apply, {"a": {"w": W}}, [(random(4, 5), jnp.zeros((4, 5)))])
+
+
+def test_several_activations_have_factors_of_their_own():
+    def apply(params, x, memory):
+        def block(w, x, memory):
+            return jax.nn.softmax(x @ w @ memory.swapaxes(1, 2)) @ memory
+
+        return jax.checkpoint(block)(params["a"]["w"], jnp.sin(x), jnp.cos(memory))
+
+    params, x, memory = {"a": {"w": W}}, random(2, 3, 5), random(2, 7, 5)
+    own = lance_jax.calibrate(apply, params, [(x, memory)], energy=0.8)
+    assert set(own["a"].bases) == {"0.token", "0.feature", "1.token", "1.feature"}
+    only = lance_jax.calibrate(apply, params, [(x, memory)], energy=0.8, modes=("token",))
+    assert set(only["a"].bases) == {"0.token", "1.token"}
+    fast = lance_jax.compress(apply, only)
+    grads = jax.grad(lambda params: fast(params, x, memory).sum())(params)
+    u, v = only["a"].bases["0.token"], only["a"].bases["1.token"]
+
+    def at_the_core(params):
+        near = jnp.einsum("nti,tr,sr->nsi", jnp.sin(x), u, u)
+        far = jnp.einsum("nti,tr,sr->nsi", jnp.cos(memory), v, v)
+        return (jax.nn.softmax(near @ params["a"]["w"] @ far.swapaxes(1, 2)) @ far).sum()
+
+    assert_close(grads, jax.grad(at_the_core)(params))
+
+
+@pytest.mark.parametrize("name", BLOCKED)
+def test_calibration_finds_each_boundarys_subspaces(name):
+    net = BLOCKED[name]
+    data = [net.x, random(*net.x.shape, seed=8)]
+    own = lance_jax.calibrate(
+        blocked(net), net.params, data, select=[f"^{n}$" for n in net.names()], energy=0.8
+    )
+    assert set(own) == set(net.names())
+    parts = [block_inputs(net, net.params, x)[:BLOCKS] for x in data]
+    inputs = [np.concatenate(both) for both in zip(*parts, strict=True)]
+
+    def grams(x):
+        unfolded = {axis: reference.unfold(x.astype(np.float64), axis) for axis in range(1, x.ndim)}
+        names = ("height", "width", "channel") if x.ndim == 4 else ("token", "feature")
+        return {n: u @ u.T for n, u in zip(names, unfolded.values(), strict=True)}
+
+    each = [grams(x) for x in inputs]
+    if net.scanned:
+        each = [{mode: np.stack([one[mode] for one in each]) for mode in each[0]}]
+    for block, expected in zip(own.values(), each, strict=True):
+        assert_bases(block, expected, 0.8)
+
+
+def test_all_that_is_outermost_is_selected_by_default():
+    net = BLOCKED["residual"]
+    own = lance_jax.calibrate(blocked(net), net.params, [net.x])
+    assert list(own) == ["stem/kernel", *net.names(), "head/kernel"]
+
+
+def test_continual_learning_takes_the_layers_inside():
+    net = BLOCKED["transformer"]
+    slices = lance_jax.continual.protect(
+        None, blocked(net), net.params, [net.x], threshold=0.9, select="^block"
+    )
+    assert all("/" in path for path in slices)
+
+
+def test_a_policy_of_its_own_is_refused_by_name():
+    def apply(params, x):
+        policy = jax.checkpoint_policies.dots_saveable
+        return jax.checkpoint(lambda w, x: jnp.sin(x @ w), policy=policy)(params["a"]["w"], x)
+
+    params, x = {"a": {"w": W}}, random(4, 5)
+    found = lance_jax.layers(apply, params, x)
+    assert [layer.path for layer in found] == ["a/w"]
+    (skip,) = found.skipped
+    assert skip.path == "a"
+    assert re.search(
+        r"its jax\.checkpoint has a policy of its own, dots_?saveable", skip.reason, re.I
+    )
+    with pytest.raises(ValueError, match=r"factors\['a'\] cannot be compressed: its jax"):
+        lance_jax.compress(apply, {"a": LayerFactors({})})(params, x)
+    own = lance_jax.calibrate(apply, params, [x])  # its layers are there all the same
+    assert list(own) == ["a/w"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (LayerFactors({"patch": orthonormal(8, 2)}), "of mode 'patch'; this block has batch, heig"),
+        (LayerFactors({"channel": orthonormal(7, 2)}), "of shape (7, 2); it must be (8, r)"),
+        (LayerFactors({}, np.zeros((6, 5, 8))), "has mean; a block has bases and a core_dtype"),
+        (LayerFactors({}, update=orthonormal(8, 2)), "has update; a block has bases and a"),
+        (LayerFactors({}, frozen=True), "has frozen; a block has bases and a core_dtype alone"),
+    ],
+)
+def test_factors_that_do_not_fit(layer, message):
+    net = BLOCKED["residual"]
+    with pytest.raises(ValueError, match=r"^factors\['block1'\]") as error:
+        lance_jax.compress(blocked(net), {"block1": layer})(net.params, net.x)
+    assert message in str(error.value)
+
+
+def test_a_block_is_not_centred():
+    net = BLOCKED["residual"]
+    own = lance_jax.calibrate(blocked(net), net.params, [net.x], center=True)
+    assert [skip.reason for skip in own.skipped] == ["a block has no mean"] * BLOCKS
