@@ -25,7 +25,7 @@ import ml_collections
 from benchmarks import arguments, records, tasks
 from benchmarks.finetune import SEARCH_SEED, search
 from lance_jax import continual_train
-from lance_jax.config import Config
+from lance_jax.config import EVAL_SPLITS, Config
 from lance_jax.continual_config import METHODS
 
 FIRST = METHODS[:8]  # those that have five seeds
@@ -82,7 +82,7 @@ BENCHMARKS = {
     "cifar100_84px": Benchmark(
         "split_cifar100",
         {**_DATA, "model": "resnet18_narrow", "width": 20, "resolution": 84, "epochs": 1},
-        dict.fromkeys(("gpm", "gpm_int4", "lance", "lance_energy80"), 1),
+        dict.fromkeys(("gpm", "gpm_int4", "lance", "lance_energy80", "lance_blocks"), 1),
         "cifar100",
     ),
 }
@@ -94,16 +94,27 @@ def main() -> None:
     known = [*METHODS, *VARIANTS]
     parser.add_argument("--methods", nargs="+", choices=known, default=known)
     parser.add_argument("--seeds", nargs="+", type=arguments.seed, help="of those of the benchmark")
+    parser.add_argument(
+        "--split",
+        choices=EVAL_SPLITS,
+        default="test",
+        help="validation: to choose a setting by, with seeds and pictures that no test run has",
+    )
     given = parser.parse_args()
     tasks.cache_compilations()
     path = records.RESULTS / "continual.jsonl"
     for name in given.benchmarks:
         for method in given.methods:
-            measure(name, method, path, given.seeds)
+            measure(name, method, path, given.seeds, given.split)
 
 
 def measure(
-    name: str, method: str, path: Path, seeds: Iterable[int] | None = None, **settings: Any
+    name: str,
+    method: str,
+    path: Path,
+    seeds: Iterable[int] | None = None,
+    split: str = "test",
+    **settings: Any,
 ) -> None:
     """Appends all missing cells of a method on a benchmark; `settings` replace config fields."""
     benchmark = BENCHMARKS[name]
@@ -112,7 +123,8 @@ def measure(
     if wanted:
         rate = learning_rate(benchmark.rates or name, method, path, **settings)
         for seed in wanted:
-            cell(name, method, "test", rate, seed, path, **settings)
+            seed += SEARCH_SEED if split == "validation" else 0
+            cell(name, method, split, rate, seed, path, **settings)
 
 
 def learning_rate(name: str, method: str, path: Path, **settings: Any) -> float:

@@ -12,6 +12,7 @@ import numpy as np
 from scipy import stats
 
 from benchmarks import continual, markdown, records
+from benchmarks.continual import SEARCH_TASKS
 from lance_jax.continual_config import METHODS
 
 Results = dict[int, dict]  # seed -> result
@@ -26,11 +27,12 @@ NAMES = {
 }
 
 
-def read(path: Path) -> Measured:
-    """The test runs; of a method whose configuration changed only those of the last."""
+def read(path: Path, split: str = "test") -> Measured:
+    """The runs over all tasks; of a method whose configuration changed only those of the last."""
     measured: Measured = defaultdict(lambda: defaultdict(dict))
     for record in records.read(path):
-        if record["split"] == "test":
+        searched = split == "validation" and record["result"]["config"]["tasks"] == SEARCH_TASKS
+        if record["split"] == split and not searched:
             found = measured[record["benchmark"]][record["method"]]
             if any(_fixed(result) != _fixed(record["result"]) for result in found.values()):
                 found.clear()
@@ -151,6 +153,25 @@ def _spread(values: list[float], sign: str = "") -> str:
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.1f}"
 
 
+def energies(measured: Measured) -> str:
+    """Of runs on the validation split: a line for each energy of LANCE on Split CIFAR-100."""
+    found = measured.get("cifar100", {})
+    rows = [
+        [
+            f"{next(iter(results.values()))['config']['energy']:g}",
+            _spread([100 * result["acc"] for result in results.values()]),
+            markdown.difference(*paired(results, found["lance"])) if name != "lance" else "",
+            f"{most(results, held) / 1e3:,.0f}",
+            str(len(results)),
+        ]
+        for name, results in found.items()
+    ]
+    if not rows:
+        return markdown.NOTHING
+    header = ["energy", "ACC, %", "to the default", "held, kB", "n"]
+    return markdown.table(header, sorted(rows, reverse=True))
+
+
 def tables(measured: Measured) -> str:
     """A headed table for each benchmark that was measured."""
     parts = [f"**{NAMES[name]}**\n\n{table(measured[name])}" for name in NAMES if name in measured]
@@ -204,9 +225,13 @@ def _byte_targets(measured: Measured) -> Iterable[tuple[str, str, str]]:
         ("cifar100_84px", 0.25, "narrow ResNet-18 at 84 pixels"),
     ):
         here = measured.get(name, {})
-        if here.get("lance") and here.get("gpm"):
-            for count, kept in (("layer_inputs", "inputs kept"), ("total", "all that is kept")):
-                share = ram(here["lance"], count) / ram(here["gpm"], count)
+        for method, count, kept in (
+            ("lance", "layer_inputs", "inputs kept"),
+            ("lance", "total", "all that is kept"),
+            ("lance_blocks", "total", "all that is kept by blocks"),
+        ):
+            if here.get(method) and here.get("gpm"):
+                share = ram(here[method], count) / ram(here["gpm"], count)
                 wanted = f"{told}: {kept} + factors at most {most_of_gpm:g} of `gpm`'s"
                 yield wanted, f"{share:.3f}", _verdict(share <= most_of_gpm)
 

@@ -112,6 +112,9 @@ def blocks(results: Path) -> dict[str, str]:
         "continual_summary": continual_tables.summary(learnt),
         "continual_targets": continual_tables.targets(learnt),
         "continual": continual_tables.tables(learnt),
+        "continual_energies": continual_tables.energies(
+            continual_tables.read(results / "continual.jsonl", "validation")
+        ),
         "continual_plots": links(
             {
                 path: continual_plots.ALT[path]

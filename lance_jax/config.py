@@ -128,6 +128,14 @@ def names(value: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(part.strip() for part in parts if part.strip())
 
 
+def distinct(config: Config, field: str) -> tuple[str, ...]:
+    """The names in a field; ValueError if one of them stands there twice."""
+    found = names(config[field])
+    if len(set(found)) < len(found):
+        raise ValueError(f"config.{field} is {config[field]!r}, which names one of them twice")
+    return found
+
+
 def check(config: Config, workdir: str | Path) -> None:
     """ValueError for a setting or a working directory that cannot be; reads no data."""
     bases = {"digits": digits} | dict.fromkeys(("", *MODELS), pretrained)
@@ -184,10 +192,8 @@ def check_common(config: Config, workdir: str | Path) -> None:
 
 def check_methods(config: Config, known: Sequence[str]) -> tuple[str, ...]:
     """The names in `config.method`, one or more of those that are known."""
-    methods = names(config.method)
+    methods = distinct(config, "method")
     check_choices("method", methods, known)
-    if len(set(methods)) < len(methods):
-        raise ValueError(f"config.method is {config.method!r}, which names one of them twice")
     if not methods:
         raise ValueError(f"config.method is empty; give one or more of {','.join(known)}")
     return methods

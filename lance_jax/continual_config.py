@@ -104,11 +104,9 @@ def check(config: Config, workdir: str | Path) -> None:
     settings.check_choices("eval_split", [config.eval_split], settings.EVAL_SPLITS)
     settings.check_choices("keep", [config.keep], settings.KEEP)
     settings.check_choices("core_dtype", [config.core_dtype], settings.KEPT_AS)
-    sets = settings.names(config.datasets)
+    sets = settings.distinct(config, "datasets")
     if not sets:
         raise ValueError("config.datasets is empty; name the data set, or several")
-    if len(set(sets)) < len(sets):
-        raise ValueError(f"config.datasets is {config.datasets!r}, which names one of them twice")
     if len(sets) > 1 and config.tasks != len(sets):
         raise ValueError(
             f"config.tasks is {config.tasks}; each of several data sets is a task, so it must be "

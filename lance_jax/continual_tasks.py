@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lance_jax import data, loop, metrics
-from lance_jax.config import Config, names
+from lance_jax.config import Config, distinct, names
 from lance_jax.folder import folder_pictures
 from lance_jax.loader import check_batch
 from lance_jax.pictures import Pictures
@@ -71,9 +71,7 @@ def class_order(config: Config, classes: tuple[str, ...]) -> tuple[str, ...]:
 
     Shuffled by `config.class_seed`.
     """
-    named = names(config.classes)
-    if len(set(named)) < len(named):
-        raise ValueError(f"config.classes is {config.classes!r}, which names one of them twice")
+    named = distinct(config, "classes")
     classes = named or classes
     needed = config.tasks * config.task_classes
     if needed > len(classes):

@@ -10,7 +10,7 @@ import numpy as np
 
 import lance_jax
 from lance_jax import data, devices, metrics
-from lance_jax.config import Config, claim, names
+from lance_jax.config import Config, claim, distinct, names
 from lance_jax.features import Features, features
 from lance_jax.folder import class_root, folder_pictures
 from lance_jax.loader import check_batch
@@ -47,7 +47,7 @@ class Problem(NamedTuple):
 
 def prepare(config: Config, workdir: str | Path) -> Problem:
     """Reads weights and pictures, and passes the pictures through the frozen prefix."""
-    classes = names(config.classes)
+    classes = distinct(config, "classes")
     splits = ("train", "test") if config.eval_split == "test" else ("train",)
     if config.dataset == "folder":
         class_root(config.folder)  # before weights are fetched
@@ -135,7 +135,7 @@ def _entries(tree: Any, names: Any) -> dict[str, Any]:
 
 def read_pictures(config: Config, splits: Sequence[str], side: int) -> dict[str, Pictures]:
     """The splits of a folder, or of a prepared data set, by name."""
-    classes = names(config.classes)
+    classes = distinct(config, "classes")
     if config.dataset != "folder":
         place = config.data_dir
         return {s: data.tfds_pictures(config.dataset, place, s, side, classes) for s in splits}

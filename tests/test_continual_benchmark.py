@@ -51,6 +51,14 @@ def test_the_rate_of_a_family_is_searched_once(tmp_path, monkeypatch):
         assert set(seen) == {(searched, "validation", continual.SEARCH_SEED, 2)}
 
 
+def test_a_setting_is_chosen_by_pictures_and_seeds_of_no_test_run(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(continual, "learning_rate", lambda *_, **__: 0.2)
+    monkeypatch.setattr(continual, "cell", lambda *given, **_: seen.append(given[2:5]))
+    continual.measure("cifar100", "lance_energy80", tmp_path, [0, 2], "validation")
+    assert seen == [("validation", 0.2, continual.SEARCH_SEED + seed) for seed in (0, 2)]
+
+
 def test_every_benchmark_has_a_configuration_that_is_right(tmp_path):
     for name, benchmark in continual.BENCHMARKS.items():
         assert name in continual_tables.NAMES
@@ -96,10 +104,10 @@ def result(seed, matrix, inputs=100, held=0, total=1000, **config):
     }
 
 
-def add(path, method, results, benchmark="cifar100"):
+def add(path, method, results, benchmark="cifar100", split="test"):
     for one in results:
         seed = one["config"]["seed"]
-        key = {"benchmark": benchmark, "method": method, "split": "test", "seed": seed}
+        key = {"benchmark": benchmark, "method": method, "split": split, "seed": seed}
         records.append(path, {**key, "result": one})
 
 
@@ -198,7 +206,19 @@ def test_the_energy_is_lances_alone(tmp_path):
     assert list(measured["lance"]) == [1]
 
 
+def test_energies_stand_by_their_validation_runs_over_all_tasks(tmp_path):
+    path = tmp_path / "continual.jsonl"
+    add(path, "gpm", [result(100, GPM[0], tasks=2)], split="validation")  # of the rate's search
+    for method, energy, matrix in (("lance", 0.9, GPM[0]), ("lance_energy80", 0.8, LANCE[0])):
+        add(path, method, [result(0, FINETUNE[0], energy=energy, tasks=10)])
+        add(path, method, [result(100, matrix, energy=energy, tasks=10)], split="validation")
+    lines = continual_tables.energies(continual_tables.read(path, "validation")).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| 0.9", "| 0.8"]
+    assert "50.0" in lines[2] and "49.5 | -0.5 (" in lines[3]
+
+
 def test_nothing_measured_still_renders():
+    assert continual_tables.energies({}) == markdown.NOTHING
     assert continual_tables.tables({}) == markdown.NOTHING
     assert continual_tables.targets({}) == markdown.NOTHING
     assert continual_tables.summary({}) == markdown.NOTHING
