@@ -35,15 +35,14 @@ SEARCH_TASKS = 2
 RATE_OF: dict[str, str] = dict.fromkeys(
     ("gpm_int4", "sgp", "lance", "lance_scaled", "lance_authors"), "gpm"
 )
-# those whose results depend on the energy
-HAVE_ENERGY = ("lance", "lance_scaled", "lance_authors")
-# its rule counts what is protected, too: of the default energy nothing would be left to learn with
-OWN_SETTINGS: dict[str, dict[str, Any]] = {"lance_authors": {"energy": 0.98}}
+# the only methods whose results depend on a field
+ONLY = {"energy": ("lance", "lance_scaled"), "authors_energy": ("lance_authors",)}
 # methods under settings that are not the default
 VARIANTS: dict[str, dict[str, Any]] = {
     "lance_blocks": {"method": "lance", "keep": "blocks"},
     "lance_energy98": {"method": "lance", "energy": 0.98},
     "lance_energy80": {"method": "lance", "energy": 0.8},
+    "lance_energy70": {"method": "lance", "energy": 0.7},
     "finetune_batch": {"method": "finetune", "bn_eval": "batch"},
     "gpm_batch": {"method": "gpm", "bn_eval": "batch"},
     "lance_batch": {"method": "lance", "bn_eval": "batch"},
@@ -159,12 +158,13 @@ def cell(
 
 
 def relevant(config: dict[str, Any]) -> dict[str, Any]:
-    """What a cell's result depends on; `keep` and `classes` came when most were measured.
+    """What a cell's result depends on; three fields came when most were measured.
 
     Not on how often it is saved.
     """
-    config = {"keep": "layers", "classes": "", **config, "checkpoint_every": None}
-    return config if config["method"] in HAVE_ENERGY else {**config, "energy": None}
+    new = {"keep": "layers", "classes": "", "authors_energy": config["energy"]}
+    others = {field: None for field, methods in ONLY.items() if config["method"] not in methods}
+    return {**new, **config, "checkpoint_every": None, **others}
 
 
 def config_of(
@@ -173,7 +173,7 @@ def config_of(
     """The program's configuration of a cell."""
     benchmark = BENCHMARKS[name]
     config: Any = importlib.import_module(f"configs.{benchmark.config}").get_config()
-    own = VARIANTS.get(method, {"method": method, **OWN_SETTINGS.get(method, {})})
+    own = VARIANTS.get(method, {"method": method})
     config.update({**benchmark.changes, **own, "eval_split": split, "seed": seed, **settings})
     config.learning_rate = ml_collections.ConfigDict({config.method: rate})
     return config

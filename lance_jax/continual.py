@@ -28,7 +28,7 @@ from lance_jax.layers import Layers, Use, find
 from lance_jax.memory import kept_bytes
 from lance_jax.modes import accumulator
 from lance_jax.slices import Slices as Slices
-from lance_jax.slices import check_rule, complement_of
+from lance_jax.slices import check_orthonormal, check_rule, complement_of
 from lance_jax.slices import complement as complement
 from lance_jax.transform import check
 
@@ -66,7 +66,7 @@ def protect(
         are not finite.
     """
     hosvd.check_energy(threshold, "threshold")
-    slices = Slices() if slices is None else slices
+    slices = _slices_or_none_yet(slices)
     grams = _layer_grams(apply_fn, params, batches, select)
     if slices and set(slices) != set(grams):
         only = ", ".join(sorted(set(slices) ^ set(grams)))
@@ -123,7 +123,7 @@ def allocate(
     hosvd.check_energy(energy)
     check_core_dtype(core_dtype)
     _check_scale(scale)
-    slices = Slices() if slices is None else slices
+    slices = _slices_or_none_yet(slices)
     layers = {}
     for path, (uses, sums) in _layer_grams(apply_fn, params, batches, select).items():
         if slices and path not in slices:
@@ -139,9 +139,15 @@ def allocate(
     return Factors(layers)
 
 
+def _slices_or_none_yet(slices: Slices | None) -> Slices:
+    if not isinstance(slices, Slices | None):
+        raise ValueError(f"slices is a {type(slices).__name__}; it must be a Slices or None")
+    return Slices() if slices is None else slices
+
+
 def _check_scale(scale: float | None) -> None:
     if scale is not None and not (isinstance(scale, numbers.Real) and 0 < scale < math.inf):
-        raise ValueError(f"scale is {scale!r}; it must be None or positive")
+        raise ValueError(f"scale is {scale!r}; it must be None or a positive number")
 
 
 def _layer_grams(
@@ -164,7 +170,10 @@ def _layer_grams(
     for path, sums in total.items():
         (one,) = sums.values()
         if not np.isfinite(one).all():
-            raise ValueError(f"the input of {path!r} holds NaN or Inf in these batches")
+            raise ValueError(
+                f"the input of {path!r} holds NaN or Inf, or values whose squares are Inf, in "
+                "these batches"
+            )
         grams[path] = found.uses[path], one
     if not any(one.any() for _, one in grams.values()):
         raise ValueError("the inputs of all layers are zero in these batches, or hold no sample")
@@ -194,10 +203,11 @@ def _directions(
 
 
 def _check_slices(path: str, protected: np.ndarray, shape: tuple[int, ...]) -> None:
-    """They are (..., D, k) of a layer whose bases are (..., D)."""
+    """They are (..., D, k) of a layer whose bases are (..., D), and orthonormal."""
     if protected.shape[:-1] != shape:
         told = f"the slices of {path!r} have shape {protected.shape}; its input has D = {shape[-1]}"
         raise ValueError(f"{told}, in {shape[:-1]} groups or steps" if shape[:-1] else told)
+    check_orthonormal(protected, f"the slices of {path!r}")
 
 
 def _energies(sums: np.ndarray, basis: np.ndarray) -> np.ndarray:
@@ -252,6 +262,10 @@ def project_updates(
       factors: those of the current task, from `allocate`.
       apply_fn, params, *args: a call whose layers they are; any argument may be a
         `jax.ShapeDtypeStruct`.
+
+    Raises:
+      ValueError: for factors that are not of these layers; by its `init`, where the optimiser's
+        tree has none of these layers' paths.
     """
     found = find(jaxprs.trace(apply_fn, params, *args))
     check(factors, found)
@@ -263,7 +277,7 @@ def project_updates(
             return _confine(found.uses[path][0], update, basis)
         return jnp.zeros_like(update) if path in frozen else update
 
-    return _by_layer(project, bases)
+    return _by_layer(project, bases, {*bases, *frozen})
 
 
 def project_out(
@@ -281,10 +295,11 @@ def project_out(
       scale: alpha of scaled gradient projection, dW - P diag(importance) P^T dW, as for `allocate`.
 
     Raises:
-      ValueError: for a bad scale, and slices that are not of these layers.
+      ValueError: for a bad scale, and slices that are not of these layers; by its `init`, where the
+        optimiser's tree has none of these layers' paths.
     """
     _check_scale(scale)
-    slices = Slices() if slices is None else slices
+    slices = _slices_or_none_yet(slices)
     found = find(jaxprs.trace(apply_fn, params, *args))
     bases = {}
     for path in slices:
@@ -306,7 +321,7 @@ def project_out(
             return update
         return update - _confine(found.uses[path][0], update, basis)
 
-    return _by_layer(project, bases)
+    return _by_layer(project, bases, set(bases))
 
 
 def _confine(use: Use, update: jax.Array, basis: jax.Array) -> jax.Array:
@@ -317,8 +332,23 @@ def _confine(use: Use, update: jax.Array, basis: jax.Array) -> jax.Array:
     return confine(update, basis)
 
 
-def _by_layer(project: Callable, bases: dict[str, jax.Array]) -> optax.GradientTransformation:
+def _by_layer(
+    project: Callable, bases: dict[str, jax.Array], layers: set[str]
+) -> optax.GradientTransformation:
     """project(path, update, basis or None) of every update; the bases are its state."""
+
+    def init(params: Any) -> dict[str, jax.Array]:
+        # what does not train is None or masked there
+        leaves = jax.tree_util.tree_leaves_with_path(
+            params, is_leaf=lambda leaf: leaf is None or isinstance(leaf, optax.MaskedNode)
+        )
+        paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+        if missing := sorted(layers - set(paths)):
+            raise ValueError(
+                f"the optimiser's parameters have no {missing[0]!r}, which apply_fn has: it needs "
+                f"the tree that apply_fn takes, and they have {', '.join(paths)}"
+            )
+        return bases
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         def one(path: Any, update: jax.Array) -> jax.Array:
@@ -327,4 +357,4 @@ def _by_layer(project: Callable, bases: dict[str, jax.Array]) -> optax.GradientT
 
         return jax.tree_util.tree_map_with_path(one, updates), state
 
-    return optax.GradientTransformation(lambda params: bases, update)
+    return optax.GradientTransformation(init, update)

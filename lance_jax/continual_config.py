@@ -56,6 +56,7 @@ def base() -> ml_collections.ConfigDict:
     # LANCE: the share of the residual's energy that a task may use (docs/continual.md has others),
     # and what is kept: the inputs of the "layers", or of the "blocks", which are then recomputed.
     config.energy = 0.9
+    config.authors_energy = 0.98  # of lance_authors, which counts what is protected in it
     config.keep = "layers"
     config.core_dtype = "int4"  # "bfloat16", "int8", or "" for the activation's own
     # The rivals' own.
@@ -124,13 +125,17 @@ def check(config: Config, workdir: str | Path) -> None:
     counts = ("epochs", "batch_size", "test_batch", "log_every", "checkpoint_every")
     counts += ("tasks", "er_pictures", "lora_rank")
     least = dict.fromkeys(counts, 1) | {"task_classes": 2, "class_seed": -1}
+    if config.model == "alexnet":  # of one picture, the norms of its dense layers make zeros
+        least["batch_size"] = 2
+        if config.bn_eval == "batch":
+            least["test_batch"] = 2
     settings.check_least(config, least)
     settings.check_share(config, "validation_fraction")
     if not of_digits:
         settings.check_least(config, {"width": 1, "resolution": SMALLEST[config.model]})
         settings.check_choices("unreadable", [config.unreadable], settings.UNREADABLE)
         settings.check_share(config, "test_fraction")
-    for field in ("threshold", "lora_energy"):
+    for field in ("threshold", "authors_energy", "lora_energy"):
         settings.check_energy(config, field)
     _check_threshold(config)
     if config.er_pictures < config.task_classes and "er" in methods:

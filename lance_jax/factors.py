@@ -29,8 +29,32 @@ class Skipped(NamedTuple):
     reason: str
 
 
+class Frozen:
+    """A pytree node whose attributes cannot be set."""
+
+    __slots__ = ()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{type(self).__name__} is frozen: cannot set {name!r}")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"{type(self).__name__} is frozen: cannot delete {name!r}")
+
+    def __reduce__(self):
+        # a mapping proxy can be neither copied nor pickled
+        children, static = self.tree_flatten_with_keys()
+        return type(self).tree_unflatten, (static, [child for _, child in children])
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        raise NotImplementedError
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, children: Any) -> Any:
+        raise NotImplementedError
+
+
 @register_pytree_with_keys_class
-class LayerFactors:
+class LayerFactors(Frozen):
     """What one layer keeps of its input, and what its weight gradient is confined to.
 
     Args:
@@ -90,12 +114,6 @@ class LayerFactors:
         self._set(
             types.MappingProxyType(dict(bases)), mean, update, core_dtype, update_core, frozen
         )
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"LayerFactors is frozen: cannot set {name!r}")
-
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"LayerFactors is frozen: cannot delete {name!r}")
 
     def __repr__(self) -> str:
         bases = ", ".join(f"{mode}: {_shape(u)}" for mode, u in self.bases.items())
@@ -185,16 +203,10 @@ def _is_known(array: Any) -> bool:
     return known and jnp.issubdtype(array.dtype, jnp.floating)
 
 
-class FrozenMapping(Mapping):
+class FrozenMapping(Frozen, Mapping):
     """A mapping from layers' paths that cannot be changed, and equals only itself."""
 
     __slots__ = ("_layers",)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"{type(self).__name__} is frozen: cannot set {name!r}")
-
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"{type(self).__name__} is frozen: cannot delete {name!r}")
 
     def __getitem__(self, path: str) -> Any:
         return self._layers[path]

@@ -163,12 +163,7 @@ def _checked_basis(protected: npt.ArrayLike | None, n: int) -> np.ndarray:
         raise ValueError(
             f"protected has shape {basis.shape}; it must be ({n}, k) with k of {n} or less"
         )
-    error = np.abs(basis.T @ basis - np.eye(basis.shape[1])).max(initial=0.0)
-    if not error <= _ORTHONORMAL:
-        raise ValueError(
-            f"the columns of protected are not orthonormal: P^T P differs from the identity by "
-            f"{error:.2g}"
-        )
+    check_orthonormal(basis, "the columns of protected")
     return basis
 
 
@@ -177,6 +172,7 @@ def complement_of(sums: np.ndarray, basis: np.ndarray, energy: float, rule: str)
 
     ValueError where a sketch has too few directions to reach the energy.
     """
+    basis = np.linalg.qr(basis)[0]  # stored in few bits, it is orthonormal only nearly
     values, directions, total, noise = _residual(sums, basis, one_sided=rule == "authors")
     values = np.where(values > max(noise, _NOTHING * total), values, 0.0)
     left = values.sum()
@@ -198,6 +194,20 @@ def complement_of(sums: np.ndarray, basis: np.ndarray, energy: float, rule: str)
             f"so wide ({len(basis)}) hold {np.floor(held * 1000) / 1000}; ask for less"
         )
     return _away(directions[:, :r], basis)
+
+
+def check_orthonormal(basis: np.ndarray, name: str) -> None:
+    """ValueError unless the columns (..., D, k) are orthonormal, but for columns of zeros.
+
+    As nearly as bases are which were stored in few bits.
+    """
+    products = np.swapaxes(basis, -1, -2) @ basis
+    used = np.any(basis, axis=-2, keepdims=True) * np.eye(basis.shape[-1])
+    error = np.abs(products - used).max(initial=0.0)
+    if not error <= _ORTHONORMAL:
+        raise ValueError(
+            f"{name} are not orthonormal: P^T P differs from the identity by {error:.2g}"
+        )
 
 
 def _residual(

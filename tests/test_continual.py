@@ -1,5 +1,8 @@
 """`lance_jax.continual` over the tasks of a network: what a task learns changes no other."""
 
+import copy
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -143,6 +146,26 @@ def test_projected_updates_of_other_optimizers(optimizer):
     np.testing.assert_allclose(network(params, old), before, atol=1e-4 * np.abs(before).max())
 
 
+def test_updates_are_of_the_tree_that_apply_fn_takes():
+    """An optimiser over a part of it would be confined nowhere."""
+    x, _ = task(0)
+
+    def apply_fn(variables, x):
+        return network(variables["params"], x)
+
+    variables = {"params": PARAMS}
+    slices = continual.protect(None, apply_fn, variables, [x], threshold=0.9)
+    factors = continual.allocate(slices, apply_fn, variables, [task(1)[0]])
+    for transform in (
+        continual.project_updates(factors, apply_fn, variables, x),
+        continual.project_out(slices, apply_fn, variables, x),
+    ):
+        transform.init(variables)
+        transform.init({"params": {**PARAMS, "a": None, "b": optax.MaskedNode()}})
+        with pytest.raises(ValueError, match="no 'params/a', .* they have a, b, c, d, e"):
+            transform.init(PARAMS)
+
+
 def test_frozen_layers_get_no_update():
     x, y = task(1)
     factors = Factors({"d": LayerFactors({}, frozen=True)})
@@ -260,7 +283,7 @@ def test_before_the_first_task_everything_is_free():
     "options, told",
     [
         ({"energy": 0.0}, r"energy is 0\.0; it must be in \(0, 1\]"),
-        ({"scale": 0.0}, "scale is 0.0; it must be None or positive"),
+        ({"scale": 0.0}, "scale is 0.0; it must be None or a positive"),
         ({"scale": float("nan")}, "scale is nan"),
         ({"rule": "gpm"}, "rule is 'gpm'; it must be one of"),
         ({"core_dtype": "int3"}, "core_dtype is 'int3'"),
@@ -293,7 +316,7 @@ def test_bad_input_of_protect_and_allocate():
 def test_slices_of_other_layers_cannot_be_projected_out():
     x, _ = task(0)
     slices = continual.protect(None, network, PARAMS, [x], threshold=0.9)
-    with pytest.raises(ValueError, match=r"scale is -1\.0; it must be None or positive"):
+    with pytest.raises(ValueError, match=r"scale is -1\.0; it must be None or a positive"):
         continual.project_out(slices, network, PARAMS, x, scale=-1.0)
     wider = {**PARAMS, "a": random(5, 5, 3, 12)}
     with pytest.raises(ValueError, match=r"the slices of 'a' have shape \(27, .* has D = 75"):
@@ -305,6 +328,49 @@ def test_slices_of_other_layers_cannot_be_projected_out():
 
     with pytest.raises(ValueError, match="slices have a layer 'b'; there are a, c, d, e"):
         continual.project_out(slices, other, fewer, x)
+
+
+@pytest.mark.parametrize("change", [lambda p: 1.5 * p, lambda p: p * np.nan])
+def test_slices_must_be_orthonormal(change):
+    x, _ = task(0)
+    good = continual.protect(None, network, PARAMS, [x], threshold=0.9)
+    bad = jax.tree.map(change, good)
+    told = "the slices of 'a' are not orthonormal"
+    with pytest.raises(ValueError, match=told):
+        continual.allocate(bad, network, PARAMS, [x])
+    with pytest.raises(ValueError, match=told):
+        continual.protect(bad, network, PARAMS, [x], threshold=0.9)
+    with pytest.raises(ValueError, match=told):
+        continual.project_out(bad, network, PARAMS, x)
+    with pytest.raises(ValueError, match="slices is a dict; it must be a Slices or None"):
+        continual.allocate(dict(good), network, PARAMS, [x])
+
+
+def test_slices_stored_in_few_bits_are_orthogonal_to_what_is_new():
+    """They differ from what they were; what is new is orthogonal to what they are."""
+    good = continual.protect(None, network, PARAMS, [task(0)[0]], threshold=0.9)
+    short = jax.tree.map(lambda p: (np.round(p * 100) / 100).astype(np.float16), good)
+    factors = continual.allocate(short, network, PARAMS, [task(1)[0]])
+    for path in ("a", "d", "e"):
+        p = short.protected(path).astype(np.float64)
+        assert np.abs(p.T @ p - np.eye(p.shape[1])).max() > 1e-4
+        assert np.abs(p.T @ np.asarray(factors[path].update, np.float64)).max() < 1e-5
+
+
+def test_slices_and_factors_can_be_copied_and_pickled():
+    x, _ = task(0)
+    slices = continual.protect(None, network, PARAMS, [x], threshold=0.9)
+    factors = continual.allocate(slices, network, PARAMS, [task(1)[0]])
+    for one in (slices, factors):
+        for same in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
+            assert jax.tree.structure(same) == jax.tree.structure(one)
+            jax.tree.map(np.testing.assert_array_equal, same, one)
+
+
+def test_squares_that_overflow_are_told_as_such():
+    x, _ = task(0)
+    with pytest.raises(ValueError, match="'a' holds NaN or Inf, or values whose squares are Inf"):
+        continual.protect(None, network, PARAMS, [x * 1e25], threshold=0.9)
 
 
 @pytest.mark.parametrize("n", [0, 5])

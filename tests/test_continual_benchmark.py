@@ -93,7 +93,12 @@ def result(seed, matrix, inputs=100, held=0, total=1000, **config):
     ]  # fmt: skip
     a = np.asarray(matrix)
     return {
-        "config": {"seed": seed, "method": "gpm", "learning_rate": {"gpm": 0.1, "lance": 0.1}}
+        "config": {
+            "seed": seed,
+            "method": "gpm",
+            "energy": 0.9,
+            "learning_rate": {"gpm": 0.1, "lance": 0.1},
+        }
         | config,
         "accuracy_matrix": matrix,
         "acc": a[-1].mean(),

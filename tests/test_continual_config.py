@@ -34,6 +34,13 @@ BAD = {
     "no task": ("split_digits", {"tasks": 0}, "config.tasks is 0; it must be at least 1"),
     "one class": ("split_digits", {"task_classes": 1}, "config.task_classes is 1; it must be at"),
     "test batch": ("split_digits", {"test_batch": 0}, "config.test_batch is 0; it must be at"),
+    "lone": (
+        "split_cifar100",
+        {"bn_eval": "batch", "test_batch": 1},
+        "config.test_batch is 1; it must be at least 2",
+    ),
+    "one a step": ("split_cifar100", {"batch_size": 1}, "config.batch_size is 1; it must be at"),
+    "authors": ("split_digits", {"authors_energy": 0.0}, "config.authors_energy is 0.0; it must"),
     "small": ("split_cifar100", {"resolution": 18}, "config.resolution is 18; it must be at least"),
     "threshold": ("split_digits", {"threshold": 0.0}, "config.threshold is 0.0; it must lie in"),
     "step": (

@@ -8,7 +8,7 @@ import pytest
 from helpers import random
 from samples import pictures
 
-from lance_jax import continual_config
+from lance_jax import continual, continual_config
 from lance_jax.continual_methods import METHODS, ewc, lora, projection, replay
 from lance_jax.continual_methods.method import Plan, Setting
 from lance_jax.pictures import Pictures
@@ -120,6 +120,33 @@ def test_scaled_projection_lets_through_what_is_less_important():
     for none, almost_none, some, everything in zip(*sizes, strict=True):
         assert none < 1e-5 and almost_none < 1e-3 * everything
         assert 1e-2 * everything < some < everything
+
+
+def test_gpm_int4_keeps_every_input_in_int4():
+    plans = {name: METHODS[name].plan(setting(1, learnt(name))) for name in ("gpm", "gpm_int4")}
+    assert plans["gpm"].calibrate is None
+    factors = plans["gpm_int4"].calibrate()
+    assert set(factors) == {*LAYERS, "head/kernel"}
+    for layer in factors.values():
+        assert layer.core_dtype == "int4" and not layer.bases and layer.update is None
+
+
+def test_lance_authors_counts_energies_by_the_authors_rule():
+    task = setting(1, learnt("lance_authors"), authors_energy=0.99, energy=0.1)
+    found = METHODS["lance_authors"].plan(task).calibrate()
+
+    def by(rule):
+        slices = continual.protect(
+            None, apply_fn, PARAMS, setting().batches(), select=LAYERS, threshold=0.9, rule=rule
+        )
+        return continual.allocate(
+            slices, apply_fn, PARAMS, task.batches(), select=LAYERS, energy=0.99,
+            rule="residual" if rule == "total" else rule,
+        )  # fmt: skip
+
+    for path in LAYERS:
+        np.testing.assert_array_equal(found[path].update, by("authors")[path].update)
+    assert any(found[path].update.shape != by("total")[path].update.shape for path in LAYERS)
 
 
 @pytest.mark.parametrize("method", ["lance", "lance_authors"])

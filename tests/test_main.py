@@ -12,9 +12,12 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from lance_jax import main, train
+from lance_jax.paths import leaves_with_path
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -104,6 +107,7 @@ TASKS = [
     "--config.method=lance",
     "--config.tasks=2",
     "--config.epochs=2",
+    "--config.momentum=0.9",
     "--config.log_every=2",
     "--config.checkpoint_every=1",
 ]
@@ -135,6 +139,13 @@ def outcome(workdir, directories=("pretrain", "lance")):
     return found, without_times(json.loads((workdir / "lance" / "result.json").read_text()))
 
 
+def end_of_task(directory, task):
+    """The bytes of every array that was stored after a task: weights, statistics, slices."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        arrays = checkpointer.restore(directory / "tasks" / str(task) / "arrays")
+    return {path: np.asarray(leaf).tobytes() for path, leaf in leaves_with_path(arrays)}
+
+
 @pytest.mark.slow
 def test_killed_runs_end_with_the_same_numbers(tmp_path):
     code, out, err = run("--workdir", tmp_path / "whole", *SMALL)
@@ -162,3 +173,6 @@ def test_killed_inside_a_task_it_goes_on_there(tmp_path):
     assert "1 of 2 learnt" not in out  # a finished task is never trained again
     tasks = ("lance/task_0", "lance/task_1")
     assert outcome(workdir, tasks) == outcome(tmp_path / "whole", tasks)
+    ends = [end_of_task(where / "lance", 1) for where in (workdir, tmp_path / "whole")]
+    assert {"params", "slices"} <= {name for path in ends[0] for name in path.split("/")}
+    assert ends[0] == ends[1]

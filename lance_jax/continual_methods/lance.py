@@ -3,7 +3,8 @@
 arXiv 2509.21617, section 4. While it trains, a layer holds these directions alone, and of its
 input what is cheapest in low precision; no slice. Biases and norms are frozen after the first task.
 `lance_scaled` lets protected directions in by their importance, as scaled gradient projection does.
-`lance_authors` counts energies as the published code does.
+`lance_authors` counts energies as the published code does, what is protected included, and has an
+energy of its own.
 
 With `config.keep` = "blocks" it holds what enters each block, in low precision, and recomputes the
 block from it; the gradients of its layers are confined there all the same.
@@ -28,6 +29,7 @@ from lance_jax.train import STEM, in_blocks
 
 def _plan(setting: Setting, scaled: bool = False, rule: str = "residual") -> Plan:
     config, core_dtype = setting.config, setting.config.core_dtype or None
+    energy = config.authors_energy if rule == "authors" else config.energy
     by_block = config.keep == "blocks"
 
     def calibrate() -> Factors:
@@ -44,7 +46,7 @@ def _plan(setting: Setting, scaled: bool = False, rule: str = "residual") -> Pla
             setting.params,
             setting.batches(),
             select=select(setting),
-            energy=config.energy,
+            energy=energy,
             scale=config.scale if scaled else None,
             rule=rule,
             core_dtype=core_dtype,
