@@ -55,7 +55,7 @@ def base() -> ml_collections.ConfigDict:
     config.scale = 10.0  # alpha of sgp and lance_scaled
     # LANCE: the share of the residual's energy that a task may use (docs/continual.md has others),
     # and what is kept: the inputs of the "layers", or of the "blocks", which are then recomputed.
-    config.energy = 0.9
+    config.energy = 0.8
     config.authors_energy = 0.98  # of lance_authors, which counts what is protected in it
     config.keep = "layers"
     config.core_dtype = "int4"  # "bfloat16", "int8", or "" for the activation's own
