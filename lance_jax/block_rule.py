@@ -35,22 +35,30 @@ _AXES: dict[int, tuple[str, ...]] = {
 class Block:
     """The body of a `jax.checkpoint`, and the floating activations that enter it.
 
-    operands: the places of those activations among the equation's operands; macs: of all products
-    inside.
+    operands: the places of those activations among the equation's operands; given: the places of
+    floating arguments of the whole function, which are held anyway, and passed again as they are;
+    macs: of all products inside; whole: the numbers of those activations that depend on no
+    parameter, such as masks and positions: where a mask is zero or not is gone once it is
+    projected, so calibration gives them no basis.
     """
 
     x_shapes: tuple[tuple[int, ...], ...]
     operands: tuple[int, ...]
+    given: tuple[int, ...]
     macs: int
+    whole: tuple[int, ...] = ()
 
     kind = "block"
     depthwise = False
 
     @classmethod
-    def of(cls, eqn: Any, operands: Sequence[int]) -> "Block":
-        """From a `jax.checkpoint`'s equation, and the places of the activations."""
+    def of(
+        cls, eqn: Any, operands: Sequence[int], given: Sequence[int], whole: Sequence[int] = ()
+    ) -> "Block":
+        """From a `jax.checkpoint`'s equation, and the places of activations and arguments."""
         shapes = tuple(eqn.invars[i].aval.shape for i in operands)
-        return cls(shapes, tuple(operands), sum(map(_macs, jaxprs.bodies(eqn))))
+        macs = sum(map(_macs, jaxprs.bodies(eqn)))
+        return cls(shapes, tuple(operands), tuple(given), macs, tuple(whole))
 
     @property
     def x_shape(self) -> tuple[int, ...]:
@@ -201,8 +209,10 @@ def apply(
         ]
         values = list(values)
         for i, x in zip(block.operands, block.expand(cores, factors.bases), strict=True):
-            values[i] = _after(dys, x)
+            values[i] = x
         moving = [i for i, value in enumerate(values) if _has_gradient(value)]
+        for i in (*block.operands, *block.given) or moving:
+            values[i] = _after(dys, values[i])
         vjp = vjp_at(moving, functools.partial(run, nodes), values)
         grads: list[Any] = [None] * len(values)
         for i, grad in zip(moving, vjp(list(dys))[0], strict=True):

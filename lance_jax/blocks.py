@@ -18,6 +18,7 @@ from lance_jax.interpreter import (
     run,
 )
 from lance_jax.jaxprs import Eqn, Jaxpr, Ref, bind, bodies, nbytes, prims, variables
+from lance_jax.origins import is_marked
 
 Refs = Sequence[Ref | None]
 NameOf = Callable[[str], str | None]  # the block that a parameter's path belongs to
@@ -112,8 +113,11 @@ def _plan(jaxpr: Jaxpr, refs: Refs, name_of: NameOf) -> Nodes:
 def _users(eqn: Eqn, operands: Refs, name_of: NameOf) -> list[Name]:
     """Of the parameters that an equation uses together with data.
 
-    Arithmetic among parameters counts as a parameter, so that it may stand anywhere.
+    Arithmetic among parameters counts as a parameter, so that it may stand anywhere. An activation
+    that is given uses those of the network before.
     """
+    if is_marked(eqn):
+        return [("", False)]
     if all(ref is not None for ref in operands):
         return []
     paths = dict.fromkeys(path for ref in operands if ref for path in ref.paths)
@@ -151,7 +155,8 @@ def _runs(
             between = next(n for i in reversed(using[: using.index(first)]) for n, _ in users[i])
             raise ValueError(
                 f"blocks interleave: {name!r} is used, then {between!r}, then {name!r} again; "
-                "choose a pattern that gives both one name, or matches neither"
+                "choose a pattern that gives both one name, or matches neither, or put a "
+                "jax.checkpoint around each yourself"
             )
         begun.append(name)
         if first == last and jaxpr.eqns[first].primitive is prims.remat_p:

@@ -1,6 +1,7 @@
 """Calibration: frozen factors from the layer inputs of a few batches, forward only."""
 
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -33,8 +34,8 @@ class Last:
         return f"last({self.n})"
 
     def __call__(self, found: Layers) -> list[Layer]:
-        products = [layer for layer in found if layer.kind != "block"]
-        body = [layer for layer in products[:-1] if not layer.depthwise]
+        outermost = [layer for layer in found if layer.block is None]
+        body = [layer for layer in outermost[:-1] if not layer.depthwise]
         if len(body) < self.n:
             raise ValueError(
                 f"last({self.n}) asks for more layers than the {len(body)} that are neither "
@@ -47,7 +48,10 @@ Select = str | Sequence[str] | Callable[[Layer], bool] | Last | None
 
 
 def last(n: int) -> Last:
-    """A `select`: the last n layers that are neither depthwise nor the head (the last of all)."""
+    """A `select`: the last n layers that are neither depthwise nor the head (the last of all).
+
+    Where there are blocks, each counts as one, and the layers inside of it do not count.
+    """
     return Last(n)
 
 
@@ -80,8 +84,9 @@ def calibrate(
       batches: the remaining arguments of each call: tuples, or lone arrays. A short last batch
         is welcome.
       select: which layers and blocks: None (all blocks that stand in no other, and all layers that
-        stand in none), a regular expression or several over paths (`re.search`), `last(n)`, or a
-        function of a `Layer`.
+        stand in none), a regular expression or several over paths (`re.search`; one that is found
+        in a block's name chooses none of the layers inside), `last(n)`, or a function of a
+        `Layer`.
       energy: the share of the trace that each mode keeps, in (0, 1]; 0.9 where none is given.
       modes: None (all but batch and patch), "paper" (all axes, at energy 0.7), or mode names, each
         applied where a layer has it, and to all activations that enter a block; () keeps the whole
@@ -167,11 +172,25 @@ def selected(select: Select, found: Layers) -> list[Layer]:
     elif callable(select):
         chosen = [layer for layer in found if select(layer)]
     else:
-        hits = matching(select, [layer.path for layer in found], "select", "layer", found.skipped)
-        chosen = [layer for layer, hit in zip(found, hits, strict=True) if hit]
+        matching(select, [layer.path for layer in found], "select", "layer", found.skipped)
+        patterns = [select] if isinstance(select, str) else select
+        hits = set().union(*(_hits(pattern, found) for pattern in patterns))
+        chosen = [layer for layer in found if layer.path in hits]
     if not chosen:
         raise ValueError(f"select is {select!r}: it selects no layer; there are {paths}")
     return chosen
+
+
+def _hits(pattern: str, found: Layers) -> set[str]:
+    """The paths in which a pattern is found, without those inside of a block that it names too."""
+    around = {layer.path: layer.block for layer in found}
+    hits = {path for path in around if re.search(pattern, path)}
+
+    def is_inside(path: str) -> bool:
+        block = around.get(path)
+        return block is not None and (block in hits or is_inside(block))
+
+    return {path for path in hits if not is_inside(path)}
 
 
 def _choose_modes(
@@ -190,7 +209,9 @@ def _choose_modes(
         product = found.uses[layer.path][0].product
         named = {None: product.default_modes, "paper": product.paper_modes}
         asked = set(map(axis_of, named[modes] if isinstance(modes, str | None) else modes))
-        names = tuple(mode for mode in layer.modes if axis_of(mode) in asked)
+        names = tuple(
+            mode for mode in layer.modes if axis_of(mode) in asked and not _is_whole(product, mode)
+        )
         if "patch" in names and set(names) - {"patch", "batch"}:
             raise ValueError(
                 f"modes {names} of {layer.path!r}: patch goes with batch alone, since it holds "
@@ -206,6 +227,11 @@ def _choose_modes(
         else:
             skipped.append(Skipped(layer.path, "it has none of the modes asked for"))
     return by_path, tuple(skipped)
+
+
+def _is_whole(product: Any, mode: str) -> bool:
+    """Whether it is the mode of an activation that has no basis."""
+    return isinstance(product, Block) and product.place(mode)[0] in product.whole
 
 
 def _can_center(uses: list[Use]) -> bool:

@@ -13,11 +13,9 @@ from lance_jax.block_rule import Block
 from lance_jax.interpreter import Remat, Site
 from lance_jax.layer_rule import Product
 from lance_jax.layers import (
-    BlockNames,
+    Blocks,
     Found,
     Use,
-    block_of,
-    block_scans,
     find,
     product_of,
     weight_of,
@@ -75,14 +73,13 @@ def _grams(apply_fn: Callable, static: Any, wanted: Any, arrays: list[Any]) -> A
     probes = {path: _probes(found.uses[path][0], modes) for path, modes in wanted.items()}
 
     def run(probes):
-        names = BlockNames(traced.refs)
+        names = Blocks(traced)
 
         def rule(jaxpr, i, refs, trips):
             eqn = jaxpr.eqns[i]
             block, weight = names.visit(jaxpr, i, refs), weight_of(eqn, refs)
             if block in probes:
-                operands = block_of(eqn, refs).operands
-                return {i: Remat(Site(probes[block], block_scans(refs, trips), operands))}
+                return {i: names.node(eqn, refs, trips, probes[block])}
             if not isinstance(weight, int) or refs[weight].paths[0] not in probes:
                 return {}
             return {i: Site(probes[refs[weight].paths[0]], refs[weight].scans, (weight,))}
@@ -128,7 +125,7 @@ def _tapped(jaxpr: Any, i: int, node: Any, read: Callable[[Any], Any]) -> list[A
     eqn = jaxpr.eqns[i]
     operands = [read(v) for v in eqn.invars]
     if isinstance(node, Remat):
-        block = Block.of(eqn, node.site.operands)
+        block = Block.of(eqn, node.site.operands, node.given)
         xs = _tap(block.sums, [operands[j] for j in block.operands], node.site.value)
         for j, x in zip(block.operands, xs, strict=True):
             operands[j] = x

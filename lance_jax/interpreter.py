@@ -64,10 +64,14 @@ class Site:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Remat:
-    """A `jax.checkpoint` with something of its own; `plan` fills in the nodes of its body."""
+    """A `jax.checkpoint` with something of its own; `plan` fills in the nodes of its body.
+
+    given: the operands that are arguments, passed again as they are.
+    """
 
     site: Site
     body: Body = Body(({},))
+    given: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

@@ -168,10 +168,10 @@ def _size(atom: Any) -> int:
 
 
 def nbytes(aval: Any) -> int:
-    """Bytes of an array of that shape and dtype; none of a key."""
-    if jnp.issubdtype(aval.dtype, jax.dtypes.extended):
-        return 0
-    return math.prod(aval.shape) * jnp.dtype(aval.dtype).itemsize
+    """Bytes of an array of that shape and dtype."""
+    is_key = jnp.issubdtype(aval.dtype, jax.dtypes.extended)
+    dtype = aval.dtype if is_key else jnp.dtype(aval.dtype)
+    return math.prod(aval.shape) * dtype.itemsize
 
 
 # --- running equations as they stand -------------------------------------------------------------

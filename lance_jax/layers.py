@@ -17,9 +17,10 @@ from lance_jax.conv import Conv
 from lance_jax.cpu_conv import conv_p
 from lance_jax.dense import Dense
 from lance_jax.factors import Skipped, table
-from lance_jax.interpreter import Named, Trips
+from lance_jax.interpreter import Named, Remat, Site, Trips
 from lance_jax.jaxprs import Ref, prims
 from lance_jax.layer_rule import Product
+from lance_jax.origins import Origins
 
 COMPRESSED = "it is compressed already"
 _CONVOLUTIONS = (lax.conv_general_dilated_p, conv_p)
@@ -155,14 +156,14 @@ def find(traced: jaxprs.Traced) -> Found:
     uses: dict[str, list[Use]] = {}
     skipped: list[Skipped] = []
 
-    names = BlockNames(traced.refs)
+    names = Blocks(traced)
 
     def rule(jaxpr, i, refs, trips):
         eqn = jaxpr.eqns[i]
         around, block = names.around(jaxpr), names.visit(jaxpr, i, refs)
         found = None if block else weight_of(eqn, refs)
         if block:
-            one = block_of(eqn, refs)
+            one = names.block_of(eqn, refs)
             x = tuple(_struct(eqn.invars[j]) for j in one.operands)
             params = tuple(dict.fromkeys(path for ref in refs if ref for path in ref.paths))
             use = Use(block, one, block_scans(refs, trips), trips, x, around, params)
@@ -268,11 +269,12 @@ def _hidden(eqn: Any, refs: list[Ref | None]) -> Skipped | None:
 # --- blocks --------------------------------------------------------------------------------------
 
 
-class BlockNames:
-    """Names the blocks of one walk, in its order; no two alike, nor like a parameter's path."""
+class Blocks:
+    """The blocks of one walk, named in its order; no two alike, nor like a parameter's path."""
 
-    def __init__(self, refs: Sequence[Ref | None]):
-        self._taken = {path for ref in refs if ref for path in ref.paths}
+    def __init__(self, traced: jaxprs.Traced):
+        self._origins = Origins(traced)
+        self._taken = {path for ref in traced.refs if ref for path in ref.paths}
         self._around: dict[int, str | None] = {}  # a body's identity -> the block that it is in
         self.refused: list[Skipped] = []
 
@@ -292,6 +294,27 @@ class BlockNames:
         """The block that a body stands in."""
         return self._around.get(id(jaxpr))
 
+    def block_of(self, eqn: Any, refs: Sequence[Ref | None]) -> Block:
+        """A block and the floating activations that enter it: what was computed from data.
+
+        An argument of the whole function is held anyway, and is passed again as it is.
+        """
+        data = {
+            i: v
+            for i, (v, ref) in enumerate(zip(eqn.invars, refs, strict=True))
+            if ref is None and jnp.issubdtype(v.aval.dtype, jnp.floating)
+        }
+        given = [i for i, v in data.items() if self._origins.is_argument(v)]
+        kept = [i for i in data if i not in given]
+        whole = [n for n, i in enumerate(kept) if self._origins.is_data_alone(data[i])]
+        return Block.of(eqn, kept, given, whole)
+
+    def node(self, eqn: Any, refs: Sequence[Ref | None], trips: Trips, value: Any) -> Remat:
+        """What a walk has in the place of a block, for the `value` that belongs to it."""
+        block = self.block_of(eqn, refs)
+        site = Site(value, block_scans(refs, trips), block.operands)
+        return Remat(site, given=block.given)
+
     def _name(self, eqn: Any, refs: Sequence[Ref | None]) -> str | None:
         paths = [path.split("/")[:-1] for ref in refs if ref for path in ref.paths]
         if not paths:
@@ -305,12 +328,6 @@ class BlockNames:
         name = next(name for name in numbered if name not in self._taken)
         self._taken.add(name)
         return name
-
-
-def block_of(eqn: Any, refs: Sequence[Ref | None]) -> Block:
-    """A block and the floating activations that enter it: what depends on data."""
-    floating = [jnp.issubdtype(v.aval.dtype, jnp.floating) for v in eqn.invars]
-    return Block.of(eqn, [i for i, ref in enumerate(refs) if ref is None and floating[i]])
 
 
 def block_scans(refs: Sequence[Ref | None], trips: Trips) -> tuple[bool, ...]:

@@ -18,6 +18,7 @@ from lance_jax.loop import ApplyFn, Examples, fit, for_device
 from lance_jax.models import weights
 from lance_jax.models.digits import DigitsNet
 from lance_jax.models.network import Network, apply_fn, as_params, shapes
+from lance_jax.origins import as_activation
 from lance_jax.pictures import Pictures
 
 PREFIX_BATCH = 32  # pictures at a time through the frozen prefix
@@ -94,9 +95,10 @@ def prepare(config: Config, workdir: str | Path) -> Problem:
         key, train.read([0])
     )
     trained = {"batch_stats": config.get("batch_stats", "frozen")}
+    train_fn = apply_fn(suffix.clone(**trained))
     return Problem(
         apply_fn=apply_fn(suffix),
-        train_fn=apply_fn(suffix.clone(**trained)),
+        train_fn=train_fn if prefix is None else _after(train_fn),
         params=jax.tree.map(jnp.asarray, as_params(used)),
         layers=layers,
         train=train,
@@ -106,6 +108,11 @@ def prepare(config: Config, workdir: str | Path) -> Problem:
         loaded=variables,
         classes=pictures["train"].classes,
     )
+
+
+def _after(apply: ApplyFn) -> ApplyFn:
+    """The same; features count as what a whole network would have to keep, though they are data."""
+    return lambda params, x, **rngs: apply(params, as_activation(x), **rngs)
 
 
 def trained_layers(network: Network, n: int) -> tuple[list[str], int]:

@@ -13,11 +13,9 @@ from lance_jax.interpreter import Remat, Site
 from lance_jax.jaxprs import prims
 from lance_jax.layers import (
     COMPRESSED,
-    BlockNames,
+    Blocks,
     Found,
     Use,
-    block_of,
-    block_scans,
     find,
     product_of,
     weight_of,
@@ -84,14 +82,13 @@ def plan(
     inline: bool = False,
 ) -> interpreter.Nodes:
     """What `rewrite` puts in the place of which equations."""
-    names = BlockNames(traced.refs)
+    names = Blocks(traced)
 
     def rule(jaxpr, i, refs, trips):
         eqn = jaxpr.eqns[i]
         block, weight = names.visit(jaxpr, i, refs), weight_of(eqn, refs)
         if block is not None and block in factors:
-            operands = block_of(eqn, refs).operands
-            return {i: Remat(Site(factors[block], block_scans(refs, trips), operands))}
+            return {i: names.node(eqn, refs, trips, factors[block])}
         if inline and eqn.primitive is prims.remat_p and jaxprs.bodies(eqn):
             return {i: Remat(Site(None, (False,) * len(trips), ()))}
         if not isinstance(weight, int):
@@ -118,7 +115,7 @@ def _apply_block(eqn: Any, node: Remat, values: list[Any]) -> list[Any]:
     run = functools.partial(run_body, eqn)
     if node.site.value is None:
         return run(nodes, values)
-    block = block_rule.Block.of(eqn, node.site.operands)
+    block = block_rule.Block.of(eqn, node.site.operands, node.given)
     return block_rule.apply(block, node.site.value, nodes, values, run)
 
 
@@ -172,7 +169,7 @@ def _misfitting_bases(where: str, factors: LayerFactors, use: Use) -> Iterator[s
     product = use.product
     for mode, u in factors.bases.items():
         if mode not in product.modes:
-            known = ", ".join(product.modes)
+            known = ", ".join(product.modes) or "none, as only arguments enter it"
             noun = "block" if product.kind == "block" else f"{product.kind} layer"
             yield f"{where} has a basis of mode {mode!r}; this {noun} has {known}"
             continue

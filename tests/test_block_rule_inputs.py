@@ -41,7 +41,7 @@ def test_keys_masks_and_statistics():
     found = lance_jax.layers(with_dropout, AUX, x, key, ids, True)
     names = [layer.path for layer in found if layer.kind == "block"]
     assert len(names) == 2
-    assert [layer.inputs for layer in found if layer.kind == "block"] == [((4, 5),)] * 2
+    assert [layer.inputs for layer in found if layer.kind == "block"] == [(), ((4, 5),)]
 
     def run(apply):
         def loss(params):
@@ -55,7 +55,7 @@ def test_keys_masks_and_statistics():
     assert_equal((got, got_statistics), (value, statistics))
     assert_close(got_grads, grads)
     # statistics are those of the true forward pass, whatever is kept
-    coarse = Factors({name: LayerFactors({"feature": orthonormal(5, 1)}) for name in names})
+    coarse = Factors({names[1]: LayerFactors({"feature": orthonormal(5, 1)})})
     (got, got_statistics), got_grads = run(lance_jax.compress(with_dropout, coarse))
     assert_equal((got, got_statistics), (value, statistics))
     assert not np.allclose(got_grads["block1"], grads["block1"])
@@ -85,9 +85,9 @@ def test_a_number_for_each_sample_is_not_projected():
         def block(w, x, t):
             return jnp.sin(x @ w) * t[:, None]
 
-        return jax.checkpoint(block)(params["a"]["w"], jnp.cos(x), jnp.exp(t)).sum()
+        return jax.checkpoint(block)(params["a"]["w"], x * params["b"], t + params["c"]).sum()
 
-    params, x, t = {"a": {"w": W}}, random(8, 5), random(8)
+    params, x, t = {"a": {"w": W}, "b": random(5), "c": 1.0}, random(8, 5), random(8)
     own = lance_jax.calibrate(apply, params, [(x, t), (x[:3], t[:3])], energy=1.0)
     assert set(own["a"].bases) == {"0.feature"}
     grads = jax.grad(lance_jax.compress(apply, own))(params, x, t[::-1])
@@ -96,22 +96,24 @@ def test_a_number_for_each_sample_is_not_projected():
 
 def test_what_enters_must_be_the_same_in_all_batches():
     def apply(params, x):
+        x = x @ params["w"]
         enter = (jnp.sin(x), jnp.cos(x)) if x.shape[1] > 4 else (jnp.sin(x),)
         block = jax.checkpoint(lambda w, *xs: sum(x @ w for x in xs))
         return block(params["a"]["w"], *enter)
 
     batches = [random(2, 6, 5), random(2, 4, 5)]
     with pytest.raises(ValueError, match="in one batch 'a' has no 0.token mode, as it had in the"):
-        lance_jax.calibrate(apply, {"a": {"w": W}}, batches)
+        lance_jax.calibrate(apply, {"a": {"w": W}, "w": W}, batches, select="^a$")
 
 
 def test_of_several_activations_the_one_of_zeros_is_named():
     def apply(params, x, bias):
         block = jax.checkpoint(lambda w, x, bias: jax.nn.softmax(x @ w + bias))
-        return block(params["a"]["w"], jnp.sin(x), jnp.sin(bias))
+        return block(params["a"]["w"], jnp.sin(x @ params["w"]), bias @ params["w"])
 
     with pytest.raises(ValueError, match="activation 1 that enters 'a' is all zero in the calibr"):
-        lance_jax.calibrate(apply, {"a": {"w": W}}, [(random(4, 5), jnp.zeros((4, 5)))])
+        batch = random(4, 5), jnp.zeros((4, 5))
+        lance_jax.calibrate(apply, {"a": {"w": W}, "w": W}, [batch], select="^a$")
 
 
 def test_several_activations_have_factors_of_their_own():
@@ -119,23 +121,104 @@ def test_several_activations_have_factors_of_their_own():
         def block(w, x, memory):
             return jax.nn.softmax(x @ w @ memory.swapaxes(1, 2)) @ memory
 
-        return jax.checkpoint(block)(params["a"]["w"], jnp.sin(x), jnp.cos(memory))
+        moved = jnp.sin(x) * params["scale"], jnp.cos(memory) * params["scale"]
+        return jax.checkpoint(block)(params["a"]["w"], *moved)
 
-    params, x, memory = {"a": {"w": W}}, random(2, 3, 5), random(2, 7, 5)
+    params, x, memory = {"a": {"w": W}, "scale": jnp.ones(5)}, random(2, 3, 5), random(2, 7, 5)
     own = lance_jax.calibrate(apply, params, [(x, memory)], energy=0.8)
     assert set(own["a"].bases) == {"0.token", "0.feature", "1.token", "1.feature"}
     only = lance_jax.calibrate(apply, params, [(x, memory)], energy=0.8, modes=("token",))
     assert set(only["a"].bases) == {"0.token", "1.token"}
     fast = lance_jax.compress(apply, only)
-    grads = jax.grad(lambda params: fast(params, x, memory).sum())(params)
+    grads = jax.grad(lambda params: fast(params, x, memory).sum())(params)["a"]
     u, v = only["a"].bases["0.token"], only["a"].bases["1.token"]
 
     def at_the_core(params):
         near = jnp.einsum("nti,tr,sr->nsi", jnp.sin(x), u, u)
         far = jnp.einsum("nti,tr,sr->nsi", jnp.cos(memory), v, v)
-        return (jax.nn.softmax(near @ params["a"]["w"] @ far.swapaxes(1, 2)) @ far).sum()
+        return (jax.nn.softmax(near @ params["w"] @ far.swapaxes(1, 2)) @ far).sum()
 
-    assert_close(grads, jax.grad(at_the_core)(params))
+    assert_close(grads, jax.grad(at_the_core)(params["a"]))
+
+
+def masked(params, x, ids, how):
+    """Three blocks of attention among the tokens that are there; the mask is of floats."""
+    there = (ids[:, :, None] > 0) & (ids[:, None, :] > 0)
+    mask = {
+        "multiplied": there.astype(jnp.float32),
+        "added": jnp.where(there, 0.0, -1e9),
+        "infinite": jnp.where(there | jnp.eye(len(ids[0]), dtype=bool), 0.0, -jnp.inf),
+    }[how]
+
+    def block(w, x, mask):
+        h = x @ w
+        scores = h @ h.swapaxes(1, 2)
+        scores = jnp.where(mask, scores, -1e9) if how == "multiplied" else scores + mask
+        return x + jax.nn.softmax(scores) @ x
+
+    for name in ("l0", "l1", "l2"):
+        x = jax.checkpoint(block)(params[name]["w"], jnp.tanh(x), mask)
+    return jnp.sin(x)
+
+
+def total(apply):
+    return lambda params, *args: (apply(params, *args) ** 2).sum()
+
+
+IDS = jnp.asarray(np.random.default_rng(0).integers(0, 3, (8, 6)))
+MASKED = {f"l{i}": {"w": random(16, 16, seed=i) / 4} for i in range(3)}
+
+
+@pytest.mark.parametrize("how", ["multiplied", "added", "infinite"])
+@pytest.mark.parametrize("core_dtype", [None, "int8", "int4"])
+def test_a_mask_of_floats_has_no_basis(how, core_dtype):
+    """Projected, none of its zeros would be one."""
+    x, apply = random(8, 6, 16), lambda params, x, ids: masked(params, x, ids, how)
+    own = lance_jax.calibrate(apply, MASKED, [(x, IDS)], energy=1.0, core_dtype=core_dtype)
+    assert [set(layer.bases) for layer in own.values()] == [set(), *[{"0.token", "0.feature"}] * 2]
+    exact = jax.grad(total(apply))(MASKED, x, IDS)
+    got = jax.grad(total(lance_jax.compress(apply, own)))(MASKED, x, IDS)
+    if core_dtype is None:
+        assert_close(got, exact)
+    for name in MASKED:
+        a, b = exact[name]["w"].ravel(), got[name]["w"].ravel()
+        cosine = a @ b / jnp.linalg.norm(a) / jnp.linalg.norm(b)
+        assert cosine > {None: 0.99999, "int8": 0.999, "int4": 0.9}[core_dtype]
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint])
+def test_arguments_are_passed_again_as_they_are(wrap):
+    """They are held anyway, at any depth; what is computed from them is kept whole."""
+    x, mask = random(8, 6, 16), random(8, 6, 6)
+
+    @wrap
+    def body(params, x, mask):
+        def block(w, x, mask):
+            return jnp.tanh(x @ w + (mask + 1) @ x)
+
+        for name in MASKED:
+            x = jax.checkpoint(block)(params[name]["w"], x, mask)
+        return x
+
+    def apply(params, x, mask):
+        return body(params, x, mask)
+
+    names = [b.path for b in lance_jax.layers(apply, MASKED, x, mask) if b.kind == "block"][-3:]
+    coarse = {n: LayerFactors({"feature": orthonormal(16, 2)}, core_dtype="int4") for n in names}
+    with pytest.raises(ValueError, match="this block has none, as only arguments enter it"):
+        lance_jax.compress(apply, coarse)(MASKED, x, mask)
+    coarse[names[0]] = LayerFactors({}, core_dtype="int4")
+    fast = lance_jax.compress(apply, coarse)
+    assert_equal(fast(MASKED, x, mask), apply(MASKED, x, mask))
+    exact = jax.grad(total(apply))(MASKED, x, mask)
+    first = lance_jax.compress(apply, {names[0]: coarse[names[0]]})
+    assert_close(jax.grad(total(first))(MASKED, x, mask), exact)
+    step = lance_jax.value_and_grad(total(fast))
+    got = step(MASKED, x, mask)[1]
+    assert not np.allclose(got["l1"]["w"], exact["l1"]["w"], rtol=1e-2)
+    _, saved = step.forward(MASKED, x, mask)
+    # the cores of two blocks, packed, their bounds and scales; and the output, for the loss
+    assert [leaf.shape for leaf in saved if leaf.size >= x.size] == [x.shape]
 
 
 @pytest.mark.parametrize("name", BLOCKED)
@@ -165,6 +248,32 @@ def test_all_that_is_outermost_is_selected_by_default():
     net = BLOCKED["residual"]
     own = lance_jax.calibrate(blocked(net), net.params, [net.x])
     assert list(own) == ["stem/kernel", *net.names(), "head/kernel"]
+
+
+def test_what_selects_a_block_leaves_out_the_layers_inside():
+    """Unless another pattern names them."""
+    net = BLOCKED["residual"]
+
+    def chosen(select):
+        return list(lance_jax.calibrate(blocked(net), net.params, [net.x], select=select))
+
+    assert chosen("block") == net.names()
+    inside = [
+        layer.path
+        for layer in lance_jax.layers(blocked(net), net.params, net.x)
+        if layer.block == "block1"
+    ]
+    assert inside and chosen("^block1/") == inside
+    assert chosen(["block1", f"^{inside[0]}$"]) == ["block1", inside[0]]
+    assert chosen(["block", "head"]) == [*net.names(), "head/kernel"]
+
+
+def test_the_last_are_blocks_where_there_are_any():
+    net = BLOCKED["residual"]
+    own = lance_jax.calibrate(blocked(net), net.params, [net.x], select=lance_jax.last(2))
+    assert list(own) == net.names()[-2:]
+    with pytest.raises(ValueError, match="asks for more"):
+        lance_jax.calibrate(blocked(net), net.params, [net.x], select=lance_jax.last(BLOCKS + 2))
 
 
 def test_continual_learning_takes_the_layers_inside():

@@ -164,11 +164,12 @@ def test_layers_tell_what_enters_a_block_and_what_it_costs():
             scores = jax.nn.softmax(x @ params["w"] @ memory.swapaxes(1, 2))
             return scores @ memory
 
-        return block(params["a"], jnp.sin(x), jnp.cos(memory)) @ params["head"]
+        x, memory = jnp.sin(x @ params["b"]["w"]), jnp.cos(memory @ params["b"]["w"])
+        return block(params["a"], x, memory) @ params["head"]
 
     blocked = lance_jax.blocks(apply, "^a")
     x, memory = random(2, 3, 5), random(2, 7, 5)
-    block, inner, _ = lance_jax.layers(blocked, CHAIN, x, memory)
+    _, block, inner, _ = lance_jax.layers(blocked, CHAIN, x, memory)
     assert (block.path, block.kind, inner.block) == ("a", "block", "a")
     assert block.inputs == ((2, 3, 5), (2, 7, 5))
     assert dict(block.modes) == {

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "lance_jax"
 ORDER = [
     "paths",
     "jaxprs",
+    "origins",
     "interpreter",
     "blocks",
     "primitives",

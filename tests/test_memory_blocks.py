@@ -51,6 +51,38 @@ def test_predicted_bytes_are_held(name, core_dtype):
         )
 
 
+@pytest.mark.parametrize("scanned", [False, True])
+def test_keys_that_are_held_are_counted(scanned):
+    """Of a key for each sample, drawn in the network, as many as there are samples."""
+    params = {"a": {"w": random(3, 6, 6)}}
+
+    def layer(w, x, key):
+        keys = jax.random.split(key, len(x))
+
+        def block(w, x, keys):
+            kept = jax.vmap(lambda key: jax.random.bernoulli(key, 0.8, (6,)))(keys)
+            return jnp.where(kept, jnp.sin(x @ w), 0.0)
+
+        return jax.checkpoint(block)(w, x, keys)
+
+    def loss(params, x, key):
+        if scanned:
+            keys = jax.random.split(key, 3)
+            steps = (params["a"]["w"], keys)
+            x, _ = jax.lax.scan(lambda x, step: (layer(step[0], x, step[1]), None), x, steps)
+        else:
+            for i in range(3):
+                x = layer(params["a"]["w"][i], x, jax.random.fold_in(key, i))
+        return (x**2).sum()
+
+    args = jnp.tile(X, (4, 1)), jax.random.key(1)
+    report = lance_jax.report(loss, params, *args)
+    _, saved = lance_jax.value_and_grad(loss).forward(params, *args)
+    assert any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in saved)
+    held = sum(leaf.nbytes for leaf in saved)
+    assert abs(report.saved_bytes.total - held) <= 0.01 * held
+
+
 @pytest.mark.parametrize("name", BLOCKED)
 def test_plain_backprop_is_counted_without_checkpoints(name):
     net = BLOCKED[name]
@@ -81,7 +113,8 @@ def test_transient_and_macs_by_hand():
     """A block needs its input again, the two sines' arguments, and the inner sine's result."""
     loss = loss_of(lance_jax.blocks(dense_net, "^[ab]"))
     kept = LayerFactors({"feature": orthonormal(6, 2)}, core_dtype="int8")
-    report = lance_jax.report(loss, DENSE, X, factors={"a": kept, "b": kept})
+    whole = LayerFactors({})  # of the argument, which is there anyway
+    report = lance_jax.report(loss, DENSE, X, factors={"a": whole, "b": kept})
     by_hand = F32 * 10 * (6 + 20 + 20 + 6)
     assert report.transient == by_hand
     assert report.macs_recomputed == 2 * 10 * (6 * 20 + 20 * 6)
