@@ -34,25 +34,42 @@ def run(*arguments):
     return process.returncode, out, err
 
 
+BAD = [
+    (["--config.lerning_rate.head=1"], 'Did you mean "learning_rate"'),
+    (["--config.epochs=many"], "--config.epochs=many"),
+    (["--config", "configs/no.py"], "configs/no.py"),
+    (["--config", "configs/no.py", "--config.epochs=3"], "configs/no.py"),
+    (["--config", "configs"], "Is a directory"),
+    (["--config", "README.md"], "the configuration cannot be read"),
+    (["epochs=3"], "'epochs=3' is no flag"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_bad_input_is_one_line_and_a_failure(tmp_path, arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    argv = ["main", "--workdir", str(tmp_path / "run"), *arguments]
+    monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for fields
+    with pytest.raises(SystemExit) as stop:
+        main.main(main._parse_flags(argv))
+    told = str(stop.value)
+    assert told.startswith("error: ") and message in told and "\n" not in told
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config.lerning_rate.head=1"], 'Did you mean "learning_rate"'),
         (["--config.datasets=folder"], "cannot be read: there is no 'datasets'"),
-        (["--config.epochs=many"], "--config.epochs=many"),
-        (["--config", "configs/no.py"], "configs/no.py"),
-        (["--config", "configs/no.py", "--config.epochs=3"], "configs/no.py"),
-        (["--config", "configs"], "Is a directory"),
-        (["--config", "README.md"], "the configuration cannot be read"),
         (["--config", "tests/tolerances.py"], "no attribute 'get_config'"),
-        (["epochs=3"], "'epochs=3' is no flag"),
         (
             ["--config", "configs/cifar10.py", "--config.weights=no.safetensors"],
             "'no.safetensors' does not exist",
         ),
     ],
 )
-def test_bad_input_is_one_line_and_a_failure(tmp_path, arguments, message):
+def test_bad_input_ends_the_process_so(tmp_path, arguments, message):
     code, out, err = run("--workdir", tmp_path / "run", *arguments)
     assert code != 0 and not out
     assert message in err and "Traceback" not in err
