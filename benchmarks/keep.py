@@ -8,6 +8,7 @@ backprop's, of all parameters and of the worst layer, mean over batches; and the
 number of steps. Before anything is measured, plain backprop trains for some steps, since a new head
 (and a network that was never trained) says little about gradients.
 
+A record for each way is appended to results/keep.jsonl; a network takes from minutes to an hour.
 Pictures are CIFAR-10's. MCUNet-5fps has its published weights. ResNet-18 and the vision transformer
 are drawn at random, as no weights of theirs are at hand.
 """
@@ -118,9 +119,15 @@ class Step(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--rounds", type=arguments.rounds, default=10)
+    parser.add_argument(
+        "--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="networks [all]"
+    )
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="what is kept [all]"
+    )
+    parser.add_argument(
+        "--rounds", type=arguments.rounds, default=10, help="of timing, each way once in each [10]"
+    )
     given = parser.parse_args()
     tasks.cache_compilations()
     for name in given.settings:
@@ -133,8 +140,11 @@ def measure(
     name: str, setting: Setting, ways: list[str], rounds: int, pictures: Pictures | None = None
 ) -> Iterator[dict[str, Any]]:
     """A record for each way and micro-batch."""
+    print(f"{name}: {setting.warm_up} steps of plain backprop", flush=True)
     problem = prepare(setting, pictures)
+    print(f"{name}: calibrating", flush=True)
     steps = dict(_steps(problem, ways))
+    print(f"{name}: {rounds} rounds of {len(steps)} ways, after compiling them", flush=True)
     loss = loss_of(problem, "everything")
     plain = lance_jax.value_and_grad(loss, trainable=problem.patterns)
     calls: dict[Any, Callable] = {PLAIN: one_call(loss, problem.patterns, problem.params)}

@@ -277,12 +277,15 @@ def _centred(
 
 
 def _check_finite(path: str, sums: dict[str, np.ndarray]) -> None:
-    if not all(np.isfinite(total).all() for total in sums.values()):
-        raise ValueError(f"the input of {path!r} holds NaN or Inf in the calibration batches")
     for mode, total in sums.items():
+        number = mode.rpartition(".")[0]
+        which = f"activation {number} that enters" if number else "the input of"
+        if not np.isfinite(total).all():
+            raise ValueError(
+                f"{which} {path!r} holds NaN or Inf, or values whose squares are Inf, in the "
+                "calibration batches"
+            )
         if mode != SUM and not total.any():
-            number = mode.rpartition(".")[0]
-            which = f"activation {number} that enters" if number else "the input of"
             raise ValueError(f"{which} {path!r} is all zero in the calibration batches")
 
 

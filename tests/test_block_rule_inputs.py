@@ -114,6 +114,9 @@ def test_of_several_activations_the_one_of_zeros_is_named():
     with pytest.raises(ValueError, match="activation 1 that enters 'a' is all zero in the calibr"):
         batch = random(4, 5), jnp.zeros((4, 5))
         lance_jax.calibrate(apply, {"a": {"w": W}, "w": W}, [batch], select="^a$")
+    with pytest.raises(ValueError, match="activation 1 that enters 'a' holds NaN or Inf, or value"):
+        batch = random(4, 5), jnp.full((4, 5), jnp.nan)
+        lance_jax.calibrate(apply, {"a": {"w": W}, "w": W}, [batch], select="^a$")
 
 
 def test_several_activations_have_factors_of_their_own():
