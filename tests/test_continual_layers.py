@@ -118,10 +118,7 @@ def test_the_gradient_is_confined_to_directions_orthogonal_to_the_slices(case, b
 
 
 @cases
-@pytest.mark.parametrize(
-    "core_dtype",
-    ["int4", *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("bfloat16", "int8"))],
-)
+@pytest.mark.parametrize("core_dtype", ["bfloat16", "int8", "int4"])
 def test_the_same_update_confines_whatever_is_kept(case, core_dtype):
     with case.context():
         _, factors = allocated(case, core_dtype=core_dtype)

@@ -199,7 +199,6 @@ class Killed(BaseException):
     """Death at a moment that no code of the program can answer."""
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_inside_its_task(course, tmp_path, monkeypatch):
     """Stopped in the middle of the second task, and again between its end and its checkpoint.
 

@@ -163,7 +163,6 @@ def end_of_task(directory, task):
     return {path: np.asarray(leaf).tobytes() for path, leaf in leaves_with_path(arrays)}
 
 
-@pytest.mark.slow
 def test_killed_runs_end_with_the_same_numbers(tmp_path):
     code, out, err = run("--workdir", tmp_path / "whole", *SMALL)
     assert code == 0, err
