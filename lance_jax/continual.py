@@ -22,7 +22,7 @@ import optax
 
 from lance_jax import hosvd, jaxprs, layer_rule
 from lance_jax.calibrate import Select, first_batch, selected
-from lance_jax.factors import Factors, LayerFactors, check_core_dtype
+from lance_jax.factors import Factors, LayerFactors, as_factors, check_core_dtype
 from lance_jax.grams import sum_grams
 from lance_jax.layers import Layers, Use, find
 from lance_jax.memory import kept_bytes
@@ -264,9 +264,10 @@ def project_updates(
         `jax.ShapeDtypeStruct`.
 
     Raises:
-      ValueError: for factors that are not of these layers; by its `init`, where the optimiser's
-        tree has none of these layers' paths.
+      ValueError: for factors that are not of these layers; by its `init` and `update`, where the
+        optimiser's tree has none of these layers' paths.
     """
+    factors = as_factors(factors)
     found = find(jaxprs.trace(apply_fn, params, *args))
     check(factors, found)
     bases = {path: layer.update for path, layer in factors.items() if layer.update is not None}
@@ -295,8 +296,8 @@ def project_out(
       scale: alpha of scaled gradient projection, dW - P diag(importance) P^T dW, as for `allocate`.
 
     Raises:
-      ValueError: for a bad scale, and slices that are not of these layers; by its `init`, where the
-        optimiser's tree has none of these layers' paths.
+      ValueError: for a bad scale, and slices that are not of these layers; by its `init` and
+        `update`, where the optimiser's tree has none of these layers' paths.
     """
     _check_scale(scale)
     slices = _slices_or_none_yet(slices)
@@ -337,10 +338,10 @@ def _by_layer(
 ) -> optax.GradientTransformation:
     """project(path, update, basis or None) of every update; the bases are its state."""
 
-    def init(params: Any) -> dict[str, jax.Array]:
+    def check_tree(tree: Any) -> None:
         # what does not train is None or masked there
         leaves = jax.tree_util.tree_leaves_with_path(
-            params, is_leaf=lambda leaf: leaf is None or isinstance(leaf, optax.MaskedNode)
+            tree, is_leaf=lambda leaf: leaf is None or isinstance(leaf, optax.MaskedNode)
         )
         paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
         if missing := sorted(layers - set(paths)):
@@ -348,9 +349,14 @@ def _by_layer(
                 f"the optimiser's parameters have no {missing[0]!r}, which apply_fn has: it needs "
                 f"the tree that apply_fn takes, and they have {', '.join(paths)}"
             )
+
+    def init(params: Any) -> dict[str, jax.Array]:
+        check_tree(params)
         return bases
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        check_tree(updates)
+
         def one(path: Any, update: jax.Array) -> jax.Array:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             return project(name, update, state.get(name))

@@ -58,7 +58,8 @@ def base() -> ml_collections.ConfigDict:
     config.energy = 0.8
     config.authors_energy = 0.98  # of lance_authors, which counts what is protected in it
     config.keep = "layers"
-    config.core_dtype = "int4"  # "bfloat16", "int8", or "" for the activation's own
+    # "bfloat16", "int8", or "" for the activation's own; "int4_stochastic", "int8_stochastic"
+    config.core_dtype = "int4"
     # The rivals' own.
     config.ewc_strength = 10.0  # chosen of 10, 100 and 1000 by trial on Split CIFAR-100
     config.er_pictures = 100  # of each task at most, as many of each class, in 8 bits a value

@@ -40,6 +40,8 @@ class Slices(FrozenMapping, Mapping[str, tuple[Any, ...]]):
         bases: Mapping[str, tuple[Any, ...]] = types.MappingProxyType({}),
         energies: Mapping[str, tuple[Any, ...]] = types.MappingProxyType({}),
     ):
+        if set(bases) != set(energies):
+            raise ValueError("bases and energies must be of the same layers")
         object.__setattr__(self, "_layers", dict(bases))
         object.__setattr__(self, "energies", types.MappingProxyType(dict(energies)))
 

@@ -173,8 +173,11 @@ def test_updates_are_of_the_tree_that_apply_fn_takes():
     ):
         transform.init(variables)
         transform.init({"params": {**PARAMS, "a": None, "b": optax.MaskedNode()}})
-        with pytest.raises(ValueError, match="no 'params/a', .* they have a, b, c, d, e"):
-            transform.init(PARAMS)
+        for wrong in (transform.init, lambda tree, t=transform: t.update(tree, t.init(variables))):
+            with pytest.raises(ValueError, match="no 'params/a', .* they have a, b, c, d, e"):
+                wrong(PARAMS)
+    with pytest.raises(ValueError, match="is a tuple; it must be a LayerFactors"):
+        continual.project_updates(slices, apply_fn, variables, x)
 
 
 def test_frozen_layers_get_no_update():

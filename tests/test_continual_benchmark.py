@@ -17,7 +17,6 @@ def runs(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "RUNS", tmp_path / "runs")
 
 
-@pytest.mark.slow
 def test_a_cell_is_run_once(tmp_path, monkeypatch):
     path = tmp_path / "continual.jsonl"
     monkeypatch.setattr(continual, "learning_rate", lambda *_, **__: 0.2)

@@ -151,7 +151,6 @@ def test_what_a_task_changes_is_orthogonal_to_what_earlier_tasks_need(course, ke
         np.testing.assert_array_equal(end[path], start[path])
 
 
-@pytest.mark.slow
 def test_blocks_keep_less_than_layers(course, tmp_path):
     """What enters the blocks is less than what enters their layers, and there are no masks."""
     told = {}
@@ -277,7 +276,6 @@ def test_a_damaged_checkpoint_is_named(course, tmp_path):
         continual_train.run(config, tmp_path, "finetune", shared)
 
 
-@pytest.mark.slow
 def test_a_narrow_residual_network_on_a_folder(tmp_path):
     folder = tmp_path / "pictures"
     rng = np.random.default_rng(0)

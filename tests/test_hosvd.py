@@ -301,7 +301,6 @@ def test_nothing_has_no_direction():
     np.testing.assert_allclose(directions.T @ directions, np.eye(4), atol=1e-12)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("power", "most"), [(1.0, {0.5: 1.3, 0.7: 1.3, 0.9: 1.3}), (1.5, {0.9: 1.05, 0.98: 1.2})]
 )

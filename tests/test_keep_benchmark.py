@@ -25,7 +25,6 @@ def records():
     return {(record["way"], record["micro_batch"]): record for record in found}
 
 
-@pytest.mark.slow
 def test_every_way_is_measured(records):
     assert {way for way, _ in records} == set(WAYS)
     in_parts = {way for way, size in records if size == 4}
@@ -34,7 +33,6 @@ def test_every_way_is_measured(records):
         assert record["setting"] == "tiny" and record["seconds"] > 0
 
 
-@pytest.mark.slow
 def test_bytes_fall_from_way_to_way(records):
     order = ["backprop", "checkpoint", "blocks_int8", "blocks_int4", "blocks_90"]
     kept = [records[way, WHOLE]["kept"] for way in order]
@@ -48,7 +46,6 @@ def test_bytes_fall_from_way_to_way(records):
             assert record["kept"] < 0.5 * records[way, WHOLE]["kept"]
 
 
-@pytest.mark.slow
 def test_gradients_are_nearer_with_more_bits(records):
     int8, int4, cut = (records[way, WHOLE] for way in ("blocks_int8", "blocks_int4", "blocks_90"))
     assert int8["cosine"] > 0.95 > int4["cosine"] > 0.5
@@ -59,7 +56,6 @@ def test_gradients_are_nearer_with_more_bits(records):
             assert record["worst_layer"].endswith("/kernel")
 
 
-@pytest.mark.slow
 def test_losses_are_those_of_whole_batches(records):
     exact = {records[way, size]["loss"] for way, size in records if keep.WAYS[way].exact}
     assert len(exact) == 1
@@ -67,7 +63,6 @@ def test_losses_are_those_of_whole_batches(records):
     assert near == pytest.approx(exact.pop(), rel=0.02)
 
 
-@pytest.mark.slow
 def test_tables_and_plots_say_what_was_measured(records):
     found = keep_tables.read([{**record, "setting": "vit"} for record in records.values()])
     assert list(found) == ["vit"] and len(found["vit"]) == len(records)
@@ -86,7 +81,6 @@ def test_tables_and_plots_say_what_was_measured(records):
         assert digest in draw()
 
 
-@pytest.mark.slow
 def test_the_least_is_one_picture_at_a_time(records):
     rows = [{**record, "setting": "vit"} for record in records.values()]
     one = [{**row, "micro_batch": 1} for row in rows if row["micro_batch"] == 4]

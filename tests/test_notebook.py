@@ -43,14 +43,12 @@ def text(cell):
     return "".join(printed + [o["data"].get("text/plain", "") for o in cell.outputs if "data" in o])
 
 
-@pytest.mark.slow
 def test_every_cell_runs(run):
     _, cells = run
     counts = [cell.execution_count for cell in cells.values() if cell.cell_type == "code"]
     assert counts == list(range(1, len(counts) + 1))
 
 
-@pytest.mark.slow
 def test_digits(run):
     folder, cells = run
     kept = {}
@@ -62,7 +60,6 @@ def test_digits(run):
     assert any("image/png" in output.get("data", {}) for output in cells["plot"].outputs)
 
 
-@pytest.mark.slow
 def test_library(run):
     _, cells = run
     assert "int4" in text(cells["calibrate"])
@@ -71,7 +68,6 @@ def test_library(run):
     assert float(accuracy) > 80
 
 
-@pytest.mark.slow
 def test_photos(run):
     folder, _ = run
     result = json.loads((folder / "runs" / "photos" / "lance" / "result.json").read_text())

@@ -53,10 +53,7 @@ LAYERS = {
 }
 
 
-SLOW = pytest.param("mobilenetv2", marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("name", ["resnet", "deit", SLOW])
+@pytest.mark.parametrize("name", ["resnet", "deit", "mobilenetv2"])
 def test_methods_train_what_they_say(prepare, name):
     """With batch norm, a layer's bias is that of the norm behind it."""
     config, workdir, problem = prepare(name)
@@ -80,7 +77,7 @@ IN_BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("name", ["resnet", "deit", SLOW])
+@pytest.mark.parametrize("name", ["resnet", "deit", "mobilenetv2"])
 def test_blocks_keep_less_and_train_the_same(prepare, name):
     config, workdir, problem = prepare(name, keep="blocks", core_dtype="int8")
     fitted = train.fit_method(config, problem, "lance", workdir / "lance")
