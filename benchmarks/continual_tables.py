@@ -156,15 +156,16 @@ def _spread(values: list[float], sign: str = "") -> str:
 def energies(measured: Measured) -> str:
     """Of runs on the validation split: a line for each energy of LANCE on Split CIFAR-100."""
     found = measured.get("cifar100", {})
+    default = found.get("lance")
     rows = [
         [
             f"{next(iter(results.values()))['config']['energy']:g}",
             _spread([100 * result["acc"] for result in results.values()]),
-            markdown.difference(*paired(results, found["lance"])) if name != "lance" else "",
+            markdown.difference(*paired(results, default)) if default not in (None, results) else "",
             f"{most(results, held) / 1e3:,.0f}",
             str(len(results)),
         ]
-        for name, results in found.items()
+        for results in found.values()
     ]
     if not rows:
         return markdown.NOTHING

@@ -40,17 +40,10 @@ class Frozen:
     def __delattr__(self, name: str) -> None:
         raise AttributeError(f"{type(self).__name__} is frozen: cannot delete {name!r}")
 
-    def __reduce__(self):
+    def __reduce__(self: Any) -> tuple[Any, ...]:
         # a mapping proxy can be neither copied nor pickled
         children, static = self.tree_flatten_with_keys()
         return type(self).tree_unflatten, (static, [child for _, child in children])
-
-    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
-        raise NotImplementedError
-
-    @classmethod
-    def tree_unflatten(cls, static: Any, children: Any) -> Any:
-        raise NotImplementedError
 
 
 @register_pytree_with_keys_class
