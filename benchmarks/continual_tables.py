@@ -161,7 +161,7 @@ def energies(measured: Measured) -> str:
         [
             f"{next(iter(results.values()))['config']['energy']:g}",
             _spread([100 * result["acc"] for result in results.values()]),
-            markdown.difference(*paired(results, default)) if default not in (None, results) else "",
+            "" if default in (None, results) else markdown.difference(*paired(results, default)),
             f"{most(results, held) / 1e3:,.0f}",
             str(len(results)),
         ]
