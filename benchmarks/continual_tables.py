@@ -21,8 +21,8 @@ Measured = dict[str, dict[str, Results]]  # benchmark -> method -> results
 NAMES = {
     "digits": "Digits, 5 tasks of 2 classes, small residual network",
     "cifar100": "Split CIFAR-100, 10 tasks of 10 classes, AlexNet at half width, 10 epochs a task",
-    "five_datasets": "Five data sets, narrow ResNet-18, 3 epochs a task",
-    "cifar100_long": "Split CIFAR-100, AlexNet at full width, 50 epochs a task",
+    "five_datasets": "Five data sets, narrow ResNet-18, 3 epochs a task, energy 0.9",
+    "cifar100_long": "Split CIFAR-100, AlexNet at full width, 50 epochs a task, energy 0.9",
     "cifar100_84px": "Split CIFAR-100 at 84 pixels, narrow ResNet-18, 1 epoch a task",
 }
 
