@@ -174,7 +174,7 @@ def without_mask(own):
     """The same factors where the mask is no activation: their names have no number."""
     return {
         path: LayerFactors(
-            {mode.removeprefix("0."): u for mode, u in layer.bases.items()},
+            {mode[2:]: u for mode, u in layer.bases.items() if mode.startswith("0.")},
             core_dtype=layer.core_dtype,
         )
         for path, layer in own.items()
