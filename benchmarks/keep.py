@@ -55,19 +55,26 @@ class Setting(NamedTuple):
 SETTINGS = {
     "mcunet_last4": Setting("mcunet-5fps", 64, last=4),
     "mcunet_all": Setting("mcunet-5fps", 64),
-    "resnet18": Setting("resnet18-224px", 16),
+    "resnet18": Setting("resnet18-224px", 16, warm_up=60, steps=20),
     "vit": Setting("vit", 64, warm_up=200),
+    # one picture at a time, and large
+    "resnet18_one": Setting("resnet18-448px", 1, warm_up=60, steps=20),
+    "vit_one": Setting("vit-2026-tokens", 1, warm_up=60, steps=20),
 }
 
 
 class Way(NamedTuple):
-    """What is kept: "everything", or of the "layers" or the "blocks" what `calibrate` is told."""
+    """What is kept: "everything", or of the "layers" or the "blocks" what `calibrate` is told.
+
+    inside: whether a recomputed block stores its layers' inputs in `core_dtype`, too.
+    """
 
     keep: str
     energy: float = 1.0
     modes: Any = ()
     core_dtype: str | None = None
     exact: bool = False
+    inside: bool = False
 
 
 WAYS = {
@@ -79,6 +86,7 @@ WAYS = {
     "paper": Way("layers", 0.7, "paper"),
     "blocks_int8": Way("blocks", core_dtype="int8"),
     "blocks_int4": Way("blocks", core_dtype="int4"),
+    "blocks_layers_int4": Way("blocks", core_dtype="int4", inside=True),
     "blocks_int4_stochastic": Way("blocks", core_dtype="int4_stochastic"),
     "blocks_99_int8": Way("blocks", 0.99, None, "int8"),
     "blocks_99": Way("blocks", 0.99, None, "int4"),
@@ -87,7 +95,8 @@ WAYS = {
     "blocks_90": Way("blocks", 0.90, None, "int4"),
 }
 MICRO_BATCHES = (8, 1)
-IN_MICRO_BATCHES = ("backprop", "checkpoint", "lance", "blocks_int4", "blocks_99", "blocks_95")
+IN_MICRO_BATCHES = ("backprop", "checkpoint", "lance", "blocks_int4", "blocks_layers_int4")
+IN_MICRO_BATCHES += ("blocks_99", "blocks_95")
 
 
 class Problem(NamedTuple):
@@ -211,8 +220,8 @@ def _steps(problem: Problem, ways: list[str]) -> Iterator[tuple[tuple[str, int],
     whole = problem.setting.batch_size
     for name in ways:
         factors = factors_of(problem, WAYS[name])
-        sizes = (whole, *(MICRO_BATCHES if name in IN_MICRO_BATCHES else ()))
-        for size in sizes:
+        smaller = [size for size in MICRO_BATCHES if size < whole]
+        for size in [whole, *(smaller if name in IN_MICRO_BATCHES else ())]:
             yield (name, size), step_of(problem, WAYS[name], factors, size)
 
 
@@ -250,27 +259,27 @@ def step_of(problem: Problem, way: Way, factors: lance_jax.Factors | None, size:
 
 
 def factors_of(problem: Problem, way: Way) -> lance_jax.Factors | None:
-    """Calibrated; of the head's input, which is small, only the bits are cut.
+    """Calibrated; of the head's input, and of layers in blocks, only the bits are cut.
 
     None of the stem: what enters it is an argument of the step, which costs nothing to keep.
     """
     if way.exact:
         return None
-    head = problem.layers[-1]
-    inside = problem.blocks if way.keep == "blocks" else problem.layers[:-1]
+    *layers, head = problem.layers
+    chosen = problem.blocks if way.keep == "blocks" else layers
     seen = (x for x, _ in itertools.islice(_drawn(problem, 0), CALIBRATION))
     factors = lance_jax.calibrate(
         _kept_by(problem, way.keep),
         problem.params,
         seen,
-        select=[f"^{path}$" for path in inside if not path.startswith(train.STEM)],
+        select=[f"^{path}$" for path in chosen if not path.startswith(train.STEM)],
         energy=way.energy,
         modes=way.modes,
         core_dtype=way.core_dtype,
     )
-    return lance_jax.Factors(
-        {**factors, head: lance_jax.LayerFactors({}, core_dtype=way.core_dtype)}
-    )
+    in_bits = lance_jax.LayerFactors({}, core_dtype=way.core_dtype)
+    others = [path for path in layers if way.inside and not path.startswith(train.STEM)]
+    return lance_jax.Factors({**factors, **dict.fromkeys([*others, head], in_bits)})
 
 
 def loss_of(problem: Problem, keep: str, factors: lance_jax.Factors | None = None) -> Callable:

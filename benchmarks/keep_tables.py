@@ -17,6 +17,8 @@ NAMES = {
     "mcunet_all": "MCUNet, all layers, batch of 64",
     "resnet18": "ResNet-18 at 224 pixels, all layers, batch of 16",
     "vit": "Vision transformer of 6 blocks and 65 tokens, all layers, batch of 64",
+    "resnet18_one": "ResNet-18 at 448 pixels, all layers, one picture",
+    "vit_one": "Vision transformer of 6 blocks and 2,026 tokens, all layers, one picture",
 }
 WAY_NAMES = {
     "backprop": "plain backprop",
@@ -27,6 +29,7 @@ WAY_NAMES = {
     "paper": "LANCE, layers, `paper` modes",
     "blocks_int8": "LANCE, blocks, int8",
     "blocks_int4": "LANCE, blocks, int4",
+    "blocks_layers_int4": "LANCE, blocks, int4, layers inside as well",
     "blocks_int4_stochastic": "LANCE, blocks, int4, stochastic",
     "blocks_99_int8": "LANCE, blocks, energy .99, int8",
     "blocks_99": "LANCE, blocks, energy .99",
@@ -39,7 +42,8 @@ ALT = {
     COSINE_PLOT: "How far gradients are off, against bytes kept",
     TIME_PLOT: "Time of a gradient against bytes held",
 }
-SHORT = ("backprop", "checkpoint", "int4", "lance", "blocks_int4", "blocks_99", "blocks_95")
+SHORT = ("backprop", "checkpoint", "int4", "lance", "blocks_int4", "blocks_layers_int4")
+SHORT += ("blocks_99", "blocks_95")
 
 
 def read(rows: list[dict]) -> dict[str, Rows]:
@@ -171,8 +175,8 @@ COLORS = {"backprop": "black", "checkpoint": "grey", "int8": "#1f77b4", "int4": 
 COLORS |= {"lance": "#ff7f0e", "paper": "#ff7f0e"}
 BLOCKS = "#d62728"
 MARKERS = {"int8": "s", "int4": "D", "paper": "P", "blocks_int8": "s", "blocks_int4": "D"}
-MARKERS |= {"blocks_int4_stochastic": "X", "blocks_99_int8": "v", "blocks_97": "^"}
-MARKERS |= {"blocks_95": "<", "blocks_90": ">"}
+MARKERS |= {"blocks_layers_int4": "d", "blocks_int4_stochastic": "X", "blocks_99_int8": "v"}
+MARKERS |= {"blocks_97": "^", "blocks_95": "<", "blocks_90": ">"}
 WIDTH, HEIGHT, COLUMNS = 4.2, 3.2, 2
 
 Points = dict[str, dict[str, list[tuple[float, float]]]]  # setting -> way -> (kB, value)

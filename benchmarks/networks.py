@@ -19,8 +19,10 @@ DRAWN = {
     "mobilenetv2-1.0": MobileNetV2(resolution=128),
     "resnet18": ResNet(resolution=128),
     "resnet18-224px": ResNet(resolution=224),
+    "resnet18-448px": ResNet(resolution=448),
     # 65 tokens
     "vit": DeiT(resolution=64, patch=8, width=128, depth=6, heads=4),
+    "vit-2026-tokens": DeiT(resolution=360, patch=8, width=128, depth=6, heads=4),
 }
 
 

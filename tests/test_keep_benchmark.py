@@ -6,7 +6,7 @@ from samples import pictures
 from benchmarks import keep, keep_tables, networks
 from lance_jax.models.deit import DeiT
 
-WAYS = ["backprop", "checkpoint", "blocks_int8", "blocks_int4", "blocks_90"]
+WAYS = ["backprop", "checkpoint", "blocks_int8", "blocks_int4", "blocks_layers_int4", "blocks_90"]
 IN_MICRO_BATCHES = ("backprop", "blocks_int4")
 WHOLE = 12
 
@@ -44,6 +44,13 @@ def test_bytes_fall_from_way_to_way(records):
         assert (record["sums"] > 0) == (size < WHOLE)
         if size < WHOLE:
             assert record["kept"] < 0.5 * records[way, WHOLE]["kept"]
+
+
+def test_layers_inside_make_the_recomputed_block_smaller(records):
+    alone, both = (records[way, WHOLE] for way in ("blocks_int4", "blocks_layers_int4"))
+    assert both["kept"] == alone["kept"]
+    assert both["transient"] < alone["transient"]
+    assert both["cosine"] != alone["cosine"]
 
 
 def test_gradients_are_nearer_with_more_bits(records):
