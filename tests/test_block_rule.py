@@ -114,7 +114,7 @@ def test_gradients_are_those_at_the_stored_core(name, core_dtype):
     assert_close(got, jax.tree.map(jnp.float32, want), rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["convolution", "scan"])
+@pytest.mark.parametrize("name", BLOCKED)
 def test_error_falls_with_rank_and_bits(name):
     net = BLOCKED[name]
     exact = gradient(net, net.plain)
@@ -260,6 +260,44 @@ def test_under_vmap():
     assert_close(mapped(one_by_one), gradient(net, one_by_one), rtol=1e-3, atol=1e-3)
 
 
+def test_an_ensemble_has_the_gradients_of_its_members():
+    net = BLOCKED["transformer"]
+    fast = lance_jax.compress(blocked(net), factors(net, drawn_bases(net, 0.5), "bfloat16"))
+    members = [jax.tree.map(lambda leaf, i=i: leaf * (1 + i / 9), net.params) for i in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+    got = jax.jit(jax.vmap(jax.grad(loss_of(fast)), (0, None)))(stacked, net.x)
+    want = [jax.grad(loss_of(fast))(member, net.x) for member in members]
+    assert_close(got, jax.tree.map(lambda *leaves: jnp.stack(leaves), *want), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", BLOCKED)
+def test_in_float64(name):
+    net = BLOCKED[name]
+    bases = drawn_bases(net, 0.6)
+    want = reference_gradients(net, lambda x, i: expanded(x, bases))
+    with jax.enable_x64(True):
+        double = jax.tree.map(lambda leaf: jnp.asarray(leaf, "float64"), (net.params, net.x))
+        own = factors(net, {mode: jnp.asarray(u, "float64") for mode, u in bases.items()})
+        got = jax.grad(loss_of(lance_jax.compress(blocked(net), own)))(*double)
+        assert_close(jax.device_get(got), want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", BLOCKED)
+def test_in_micro_batches(name):
+    """Cores in bfloat16, in which each value is stored on its own."""
+    net = BLOCKED[name]
+    own = factors(net, drawn_bases(net, 0.5), "bfloat16")
+    fast = lance_jax.compress(blocked(net), own)
+
+    def mean(params, x):
+        return jnp.sin(fast(params, x)).mean()
+
+    want = lance_jax.value_and_grad(mean)(net.params, net.x)
+    for size in (2, 1):
+        parts = lance_jax.value_and_grad(mean, micro_batch=size)
+        assert_close(parts(net.params, net.x), want, rtol=1e-3, atol=1e-5)
+
+
 def test_in_a_branch():
     net = BLOCKED["convolution"]
 
@@ -274,8 +312,8 @@ def test_in_a_branch():
     assert_close(got, jax.jit(jax.grad(loss_of(own)))(net.params, -net.x))
 
 
-def test_low_precision_activations_stay_so():
-    dtype = "bfloat16"
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_activations_stay_so(dtype):
     net = BLOCKED["residual"]
     params, x = jax.tree.map(lambda leaf: leaf.astype(dtype), (net.params, net.x))
     fast = lance_jax.compress(blocked(net), factors(net, drawn_bases(net, 0.5), "int8"))
@@ -311,9 +349,3 @@ def test_masks_are_packed_in_the_recomputed_block():
 
     assert packed(True) > 0
     assert packed(False) == 0
-
-
-# --- calibration ---------------------------------------------------------------------------------
-
-
-# --- refusals ------------------------------------------------------------------------------------

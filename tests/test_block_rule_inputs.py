@@ -1,6 +1,7 @@
 """What enters a block, how calibration sees it, and what a block refuses."""
 
 import functools
+import math
 import re
 
 import jax
@@ -10,56 +11,12 @@ import pytest
 import reference
 from block_networks import BLOCKED, BLOCKS, block_inputs, blocked, loss_of
 from calibration import assert_bases
-from helpers import assert_close, assert_equal, orthonormal, random
+from helpers import assert_close, assert_equal, orthonormal, random, saved_of
 
 import lance_jax
-from lance_jax import Factors, LayerFactors
+from lance_jax import LayerFactors
 
 W = random(5, 5) / 3
-
-
-def with_dropout(params, x, key, ids, training):
-    """Two blocks with a key, integers, a mask of booleans and an auxiliary output."""
-    statistics = {}
-    for i, name in enumerate(("block0", "block1")):
-
-        def block(w, x, key, mask, mean, i=i):
-            h = jnp.where(mask[:, None], jnp.sin(x @ w), 0.0) + mean
-            kept = jax.random.bernoulli(jax.random.fold_in(key, i), 0.5, h.shape)
-            return jnp.where(kept, h * 2, 0.0), 0.9 * mean + 0.1 * h.mean(0)
-
-        x, statistics[name] = jax.checkpoint(block)(
-            params[name], x, key, ids > 1, params["mean"][name]
-        )
-    return x.sum(), statistics
-
-
-AUX = {"block0": W, "block1": W + 1, "mean": {name: random(5) for name in ("block0", "block1")}}
-
-
-def test_keys_masks_and_statistics():
-    x, key, ids = random(4, 5), jax.random.key(3), jnp.arange(4)
-    found = lance_jax.layers(with_dropout, AUX, x, key, ids, True)
-    names = [layer.path for layer in found if layer.kind == "block"]
-    assert len(names) == 2
-    assert [layer.inputs for layer in found if layer.kind == "block"] == [(), ((4, 5),)]
-
-    def run(apply):
-        def loss(params):
-            return apply(params, x, key, ids, True)
-
-        return jax.value_and_grad(loss, has_aux=True)(AUX)
-
-    (value, statistics), grads = run(with_dropout)
-    whole = Factors({name: LayerFactors({}) for name in names})
-    (got, got_statistics), got_grads = run(lance_jax.compress(with_dropout, whole))
-    assert_equal((got, got_statistics), (value, statistics))
-    assert_close(got_grads, grads)
-    # statistics are those of the true forward pass, whatever is kept
-    coarse = Factors({names[1]: LayerFactors({"feature": orthonormal(5, 1)})})
-    (got, got_statistics), got_grads = run(lance_jax.compress(with_dropout, coarse))
-    assert_equal((got, got_statistics), (value, statistics))
-    assert not np.allclose(got_grads["block1"], grads["block1"])
 
 
 def test_a_block_of_integers_keeps_nothing():
@@ -118,6 +75,31 @@ def test_of_several_activations_the_one_of_zeros_is_named():
     with pytest.raises(ValueError, match="activation 1 that enters 'a' holds NaN or Inf, or value"):
         batch = random(4, 5), jnp.full((4, 5), jnp.nan)
         lance_jax.calibrate(apply, {"a": {"w": W}, "w": W}, [batch], select="^a$")
+
+
+def sizes(arrays):
+    return sorted((math.prod(shape), str(dtype)) for shape, dtype in arrays)
+
+
+def test_nothing_but_the_cores_of_several_activations_is_kept():
+    def apply(params, x, memory):
+        def block(w, x, memory):
+            return jax.nn.softmax(x @ w @ memory.swapaxes(1, 2)) @ memory
+
+        moved = jnp.sin(x @ params["in"]), jnp.cos(memory @ params["in"])
+        return jax.checkpoint(block)(params["a"]["w"], *moved)
+
+    params, args = {"a": {"w": W}, "in": W}, (random(2, 3, 5), random(2, 7, 5))
+    bases = {"0.feature": orthonormal(5, 2), "1.token": orthonormal(7, 3)}
+    loss = loss_of(lambda p, both: lance_jax.compress(apply, own)(p, *both))
+    for core_dtype in (None, "int8"):
+        own = {"a": LayerFactors(bases, core_dtype=core_dtype)}
+        saved = saved_of(loss, params, args, trainable="^a")
+        cores = [(2, 3, 2), (2, 3, 5)]
+        want = [one for core in cores for one in reference.stored_arrays(core, core_dtype)]
+        want.append(((2, 3, 5), "float32"))  # the output, for the loss
+        # by sizes, as an array may be kept before it is transposed
+        assert sizes((leaf.shape, leaf.dtype) for leaf in saved) == sizes(want)
 
 
 def test_several_activations_have_factors_of_their_own():

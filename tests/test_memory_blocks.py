@@ -168,6 +168,25 @@ def test_layers_and_masks_inside_make_the_transient_smaller():
     assert alone.transient == F32 * 2 * size + 2 * size // 8
 
 
+@pytest.mark.parametrize("name", BLOCKED)
+def test_predicted_bytes_are_held_with_layers_inside_and_statistics(name):
+    """An auxiliary output of the network's, and low bits in the blocks' layers as well."""
+    net = BLOCKED[name]
+    plain = lance_jax.blocks(net.plain, net.pattern)
+
+    def loss(params, x):
+        y = plain(params, x)
+        return jnp.sin(y).sum(), {"mean": y.mean(0), "largest": y.max()}
+
+    found = lance_jax.layers(plain, net.params, net.x)
+    factors = {layer.path: LayerFactors({}, core_dtype="int4") for layer in found}
+    for own in (factors, {path: factors[path] for path in net.names()}):
+        report = lance_jax.report(loss, net.params, net.x, factors=own)
+        vg = lance_jax.value_and_grad(lance_jax.compress(loss, own), has_aux=True)
+        held = sum(leaf.nbytes for leaf in vg.forward(net.params, net.x)[1])
+        assert report.saved_bytes.total == held
+
+
 def test_blocks_that_no_gradient_passes_keep_nothing():
     net = BLOCKED["residual"]
     loss, factors = compressed(net, {}, "int8")

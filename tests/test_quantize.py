@@ -118,3 +118,12 @@ def test_the_ends_of_a_dtype_stay_finite(bits, dtype, masked):
         assert jnp.isfinite(loaded).all()
         np.testing.assert_array_equal(loaded == 0, core == 0)
         assert float(loaded.max()) == 0 and float(loaded.min()) < -6e4
+
+
+@pytest.mark.parametrize(("core_dtype", "most"), [("int8", 8.75), ("int4", 4.75)])
+def test_bits_a_value(core_dtype, most):
+    """Of cores of some thousand values, with all that says what they mean."""
+    for shape in ((64, 8, 8, 16), (4, 65, 128), (1, 28, 28, 64), (64, 512)):
+        stored = jax.eval_shape(lambda x: store(x, core_dtype), jnp.zeros(shape))
+        nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored))
+        assert 8 * nbytes / np.prod(shape) <= most
