@@ -36,7 +36,7 @@ from lance_jax.pictures import Pictures
 from lance_jax.problem import trained_layers
 
 CALIBRATION = 8  # batches
-COMPARED = 4  # batches whose gradients are compared
+COMPARED = 8  # batches whose gradients are compared
 LEARNING_RATE, MOMENTUM, CLIP = 0.01, 0.9, 2.0
 LAST = 10  # steps whose mean loss is told
 ALL = "/(kernel|bias|scale)$"
@@ -88,6 +88,7 @@ WAYS = {
     "blocks_int4": Way("blocks", core_dtype="int4"),
     "blocks_layers_int4": Way("blocks", core_dtype="int4", inside=True),
     "blocks_int4_stochastic": Way("blocks", core_dtype="int4_stochastic"),
+    "blocks_999_int8": Way("blocks", 0.999, None, "int8"),
     "blocks_99_int8": Way("blocks", 0.99, None, "int8"),
     "blocks_99": Way("blocks", 0.99, None, "int4"),
     "blocks_97": Way("blocks", 0.97, None, "int4"),

@@ -31,6 +31,7 @@ WAY_NAMES = {
     "blocks_int4": "LANCE, blocks, int4",
     "blocks_layers_int4": "LANCE, blocks, int4, layers inside as well",
     "blocks_int4_stochastic": "LANCE, blocks, int4, stochastic",
+    "blocks_999_int8": "LANCE, blocks, energy .999, int8",
     "blocks_99_int8": "LANCE, blocks, energy .99, int8",
     "blocks_99": "LANCE, blocks, energy .99",
     "blocks_97": "LANCE, blocks, energy .97",
@@ -176,7 +177,7 @@ COLORS |= {"lance": "#ff7f0e", "paper": "#ff7f0e"}
 BLOCKS = "#d62728"
 MARKERS = {"int8": "s", "int4": "D", "paper": "P", "blocks_int8": "s", "blocks_int4": "D"}
 MARKERS |= {"blocks_layers_int4": "d", "blocks_int4_stochastic": "X", "blocks_99_int8": "v"}
-MARKERS |= {"blocks_97": "^", "blocks_95": "<", "blocks_90": ">"}
+MARKERS |= {"blocks_999_int8": "*", "blocks_97": "^", "blocks_95": "<", "blocks_90": ">"}
 WIDTH, HEIGHT, COLUMNS = 4.2, 3.2, 2
 
 Points = dict[str, dict[str, list[tuple[float, float]]]]  # setting -> way -> (kB, value)
