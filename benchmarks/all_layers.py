@@ -2,8 +2,8 @@
 
     python -m benchmarks.all_layers
 
-The same epochs, learning rate and seeds for each method, and no search: the rate is the one that the
-grid of `benchmarks.finetune` found for the last four layers. All but the depthwise convolutions
+The same epochs, learning rate and seeds for each method, and no search: the rate is the one that
+the grid of `benchmarks.finetune` found for the last four layers. All but the depthwise convolutions
 train. A finished run is a line of results/all_layers.jsonl; the same command goes on where it was
 stopped.
 """

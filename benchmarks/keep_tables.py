@@ -1,6 +1,8 @@
 """Tables and plots of what a step may keep, from results/keep.jsonl."""
 
 import functools
+from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -64,6 +66,11 @@ def read(rows: list[dict]) -> dict[str, Rows]:
     return {setting: rows for setting, rows in found.items() if rows}
 
 
+def short_name(setting: str) -> str:
+    """Without its batch."""
+    return NAMES[setting].rsplit(",", 1)[0]
+
+
 def whole(rows: Rows) -> Rows:
     """Those of whole batches."""
     return {key: row for key, row in rows.items() if row["micro_batch"] == row["batch_size"]}
@@ -98,13 +105,13 @@ def summary(found: dict[str, Rows]) -> str:
         return markdown.NOTHING
     header = ["kept for the backward pass"]
     for setting in found:
-        header += [f"{NAMES[setting].rsplit(',', 1)[0]}: times fewer", "cosine", "time"]
+        header += [f"{short_name(setting)}: times fewer", "cosine", "time"]
     rows = []
     for way in SHORT:
         row = [WAY_NAMES[way]]
         for of in found.values():
             one = whole(of).get((way, next(iter(of.values()))["batch_size"]))
-            row += ["", "", ""] if one is None else _short(one, _plain(of))
+            row += ["", "", ""] if one is None else _short(one, plain_row(of))
         rows.append(row)
     return f"{markdown.table(header, rows)}\n\n{measured(found)}"
 
@@ -114,7 +121,7 @@ def least(found: dict[str, Rows]) -> str:
     ways = [way for way in WAYS if any((way, 1) in rows for rows in found.values())]
     if not ways:
         return markdown.NOTHING
-    header = ["kept", *(NAMES[setting].rsplit(",", 1)[0] for setting in found)]
+    header = ["kept", *map(short_name, found)]
     return markdown.table(
         header,
         [
@@ -128,11 +135,43 @@ def _least(row: dict | None) -> str:
     return "" if row is None else f"{(row['kept'] + row['factors'] + row['transient']) / 1e3:,.0f}"
 
 
+def trained(rows: list[dict]) -> str:
+    """Of training all layers, for each method: accuracy, loss and bytes."""
+    header = ["kept", "test accuracy, %", "training loss", "kept, kB", "times fewer"]
+    header += ["recomputed block, kB", "seeds"]
+    runs: dict[str, list[dict]] = {}
+    for row in grid.newest(rows, "data", "method", "seed"):
+        runs.setdefault(row["method"], []).append(row["result"])
+    if "backprop" not in runs:
+        return markdown.NOTHING
+
+    def mean(results: list[dict], value: Callable[[dict], float]) -> float:
+        return fmean(map(value, results))
+
+    plain = mean(runs["backprop"], lambda result: result["saved_bytes"]["total"])
+    found = []
+    for method, results in runs.items():
+        kept = mean(results, lambda result: result["saved_bytes"]["total"])
+        transient = results[0]["saved_bytes"]["transient"]
+        found.append(
+            [
+                grid.METHODS[method],
+                f"{100 * mean(results, lambda result: result['test_accuracy']):.1f}",
+                f"{mean(results, lambda result: result['loss']):.3f}",
+                f"{kept / 1e3:,.1f}",
+                f"{plain / kept:.1f}",
+                f"{transient / 1e3:,.1f}" if transient else "",
+                str(len(results)),
+            ]
+        )
+    return markdown.table(header, found)
+
+
 def measured(found: dict[str, Rows]) -> str:
     return measured_on(row for rows in found.values() for row in rows.values())
 
 
-def _plain(rows: Rows) -> dict:
+def plain_row(rows: Rows) -> dict:
     return next(row for (way, _), row in whole(rows).items() if way == "backprop")
 
 
@@ -142,7 +181,7 @@ def _short(row: dict, plain: dict) -> list[str]:
 
 
 def _table(rows: Rows) -> str:
-    plain = _plain(rows)
+    plain = plain_row(rows)
     return markdown.table(HEADER, [_row(row, plain) for row in rows.values()])
 
 
@@ -232,7 +271,7 @@ def _figure(points: Points, x: str, y: str, logarithmic: bool) -> Figure:
                 marker=MARKERS.get(way, "o"),
                 linewidth=0.8,
             )
-        axis.set(xscale="log", title=NAMES[setting].rsplit(",", 1)[0], xlabel=x, ylabel=y)
+        axis.set(xscale="log", title=short_name(setting), xlabel=x, ylabel=y)
         if logarithmic:
             axis.set_yscale("log")
         axis.grid(alpha=0.3)

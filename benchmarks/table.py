@@ -20,6 +20,7 @@ from benchmarks import (
     continual_tables,
     grid,
     keep_tables,
+    keep_targets,
     markdown,
     plots,
     records,
@@ -94,6 +95,7 @@ def blocks(results: Path) -> dict[str, str]:
     cpu = grid.newest(records.read(results / "cpu.jsonl"), "network", "kind", "batch_size")
     learnt = continual_tables.read(results / "continual.jsonl")
     kept = keep_tables.read(records.read(results / "keep.jsonl"))
+    all_layers = records.read(results / "all_layers.jsonl")
     return {
         "sentence": accuracy_tables.sentence(measured),
         "main": accuracy_tables.main_table(measured, counted),
@@ -105,6 +107,8 @@ def blocks(results: Path) -> dict[str, str]:
         "step_time": time_tables.step_table(steps),
         "decomposition": time_tables.decomposition_table(decompositions),
         "cpu": time_tables.cpu_tables(cpu),
+        "keep_targets": keep_targets.table(kept, measured, all_layers),
+        "keep_trained": keep_tables.trained(all_layers),
         "keep_summary": keep_tables.summary(kept),
         "keep": keep_tables.tables(kept),
         "keep_least": keep_tables.least(kept),

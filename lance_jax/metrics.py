@@ -89,7 +89,11 @@ def show_table(results: Sequence[dict[str, Any]]) -> None:
         "go through the network at a time",
     )
     table.add_column("method")
-    headers = ("train loss", "at a time", "kept, kB", "of backprop", "ms a step")
+    headers = ["train loss", "at a time", "kept, kB", "of backprop", "ms a step"]
+    recomputed = any(result["saved_bytes"].get("transient") for result in results)
+    if recomputed:
+        headers.append("block, kB")
+        table.caption = f"{table.caption}; block: what a recomputed one holds on top"
     for name in (f"{split} accuracy", *headers):
         table.add_column(name, justify="right", min_width=max(map(len, name.split())))
     for result in results:
@@ -103,6 +107,7 @@ def show_table(results: Sequence[dict[str, Any]]) -> None:
             f"{kept / 1e3:,.1f}",
             f"1/{backprop / kept:.1f}",
             "-" if median is None else f"{1e3 * median:.1f}",
+            *([f"{result['saved_bytes'].get('transient', 0) / 1e3:,.1f}"] if recomputed else []),
         )
     Console().print(table)
 

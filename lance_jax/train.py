@@ -168,7 +168,8 @@ def saved_bytes(
     Counted for the whole network, by shapes: with cached features the first trained layer's input
     is an argument, which costs plain backprop nothing. In micro-batches the method keeps what one
     of them needs, and each device's sum of the gradients. Plain backprop's is the fair figure of
-    `lance_jax.report`, for all the trainable layers and the whole batch.
+    `lance_jax.report`, for all the trainable layers and the whole batch. "transient" is what a
+    recomputed block holds on top while the backward pass is in it.
     """
     train_fn, params, picture = problem.network
     if recomputes(config, method):
@@ -183,8 +184,9 @@ def saved_bytes(
         patterns = trainable_patterns(method, problem.layers)
         return lance_jax.report(loss, params, *batch, factors=fitted.factors, trainable=patterns)
 
-    def counts(saved: SavedBytes, extra: int = 0) -> dict[str, int]:
-        return {"layer_inputs": int(saved.layer_inputs), "total": int(saved.total + extra)}
+    def counts(saved: SavedBytes, extra: int = 0, transient: int = 0) -> dict[str, int]:
+        found = {"layer_inputs": saved.layer_inputs, "total": saved.total + extra}
+        return {name: int(n) for name, n in {**found, "transient": transient}.items()}
 
     backprop = counts(report("backprop", config.batch_size).saved_bytes_backprop)
     size, sums = fitted.micro_batch, 0
@@ -197,7 +199,7 @@ def saved_bytes(
         return backprop, backprop
     found = report(method, size)
     saved = found.saved_bytes_backprop if method == "backprop" else found.saved_bytes
-    return counts(saved, sums), backprop
+    return counts(saved, sums, found.transient), backprop
 
 
 def accuracy(problem: Problem, params: Any, batch_size: int) -> float:

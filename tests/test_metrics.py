@@ -80,4 +80,8 @@ def test_table(capsys, split):
     text = capsys.readouterr().out
     for cell in ("digits", "lance", "98.8%", "0.012", "16", "kB", "2.5", "1/20.0", "25.6"):
         assert cell in text
-    assert split in text
+    assert split in text and "block" not in text
+    recomputed = {**result["saved_bytes"], "transient": 7890}
+    metrics.show_table([result, {**result, "saved_bytes": recomputed}])
+    text = capsys.readouterr().out
+    assert "block, kB" in text and "7.9" in text
