@@ -17,10 +17,10 @@ Rows = dict[tuple[str, int], dict]  # (way, micro-batch) -> the newest record
 NAMES = {
     "mcunet_last4": "MCUNet, last 4 layers, batch of 64",
     "mcunet_all": "MCUNet, all layers, batch of 64",
-    "resnet18": "ResNet-18 at 224 pixels, all layers, batch of 16",
-    "vit": "Vision transformer of 6 blocks and 65 tokens, all layers, batch of 64",
-    "resnet18_one": "ResNet-18 at 448 pixels, all layers, one picture",
-    "vit_one": "Vision transformer of 6 blocks and 2,026 tokens, all layers, one picture",
+    "resnet18": "ResNet-18, 224 pixels, batch of 16",
+    "vit": "ViT, 65 tokens, batch of 64",
+    "resnet18_one": "ResNet-18, 448 pixels, one picture",
+    "vit_one": "ViT, 2,026 tokens, one picture",
 }
 WAY_NAMES = {
     "backprop": "plain backprop",
@@ -45,8 +45,8 @@ ALT = {
     COSINE_PLOT: "How far gradients are off, against bytes kept",
     TIME_PLOT: "Time of a gradient against bytes held",
 }
-SHORT = ("backprop", "checkpoint", "int4", "lance", "blocks_int4", "blocks_layers_int4")
-SHORT += ("blocks_99", "blocks_95")
+SHORT = ("checkpoint", "int4", "lance", "blocks_int8", "blocks_int4", "blocks_layers_int4")
+SHORT += ("blocks_99", "blocks_90")
 
 
 def read(rows: list[dict]) -> dict[str, Rows]:
@@ -100,19 +100,16 @@ def tables(found: dict[str, Rows]) -> str:
 
 
 def summary(found: dict[str, Rows]) -> str:
-    """Of some ways and whole batches, for each setting: how many times fewer, and the cosine."""
+    """Of whole batches: times fewer between the phases / at the peak, and the cosine."""
     if not found:
         return markdown.NOTHING
-    header = ["kept for the backward pass"]
-    for setting in found:
-        header += [f"{short_name(setting)}: times fewer", "cosine", "time"]
     rows = []
     for way in SHORT:
-        row = [WAY_NAMES[way]]
-        for of in found.values():
-            one = whole(of).get((way, next(iter(of.values()))["batch_size"]))
-            row += ["", "", ""] if one is None else _short(one, plain_row(of))
-        rows.append(row)
+        ones = [{w: row for (w, _), row in whole(of).items()}.get(way) for of in found.values()]
+        of_settings = zip(ones, found.values(), strict=True)
+        cells = ["" if one is None else _short(one, plain_row(of)) for one, of in of_settings]
+        rows.append([WAY_NAMES[way], *cells])
+    header = ["kept for the backward pass", *map(short_name, found)]
     return f"{markdown.table(header, rows)}\n\n{measured(found)}"
 
 
@@ -175,9 +172,9 @@ def plain_row(rows: Rows) -> dict:
     return next(row for (way, _), row in whole(rows).items() if way == "backprop")
 
 
-def _short(row: dict, plain: dict) -> list[str]:
-    times = f"{plain['kept'] / row['kept']:.1f}"
-    return [times, _cosine(row, "cosine"), f"{row['ratio']['median']:.2f}"]
+def _short(row: dict, plain: dict) -> str:
+    times = f"{plain['kept'] / row['kept']:.1f} / {at_peak(plain) / at_peak(row):.1f}"
+    return times if WAYS[row["way"]].exact else f"{times}, {row['cosine']:.3f}"
 
 
 def _table(rows: Rows) -> str:

@@ -19,6 +19,8 @@ ONE = (15.0, 5.0)  # times fewer bytes of one picture: between the phases, and a
 
 def table(found: dict[str, Rows], measured: Measured, all_layers: list[dict]) -> str:
     """A row for each target; what was not measured says so."""
+    if not found and not all_layers:
+        return markdown.NOTHING
     rows: list[Row] = [
         *(_tuned(measured, cell, *one) for one in TUNED for cell in grid.JUDGED[:2]),
         *(_cosine(found, *one) for one in COSINES),

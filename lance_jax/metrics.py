@@ -89,25 +89,23 @@ def show_table(results: Sequence[dict[str, Any]]) -> None:
         "go through the network at a time",
     )
     table.add_column("method")
-    headers = ["train loss", "at a time", "kept, kB", "of backprop", "ms a step"]
-    recomputed = any(result["saved_bytes"].get("transient") for result in results)
-    if recomputed:
-        headers.append("block, kB")
-        table.caption = f"{table.caption}; block: what a recomputed one holds on top"
+    headers = ("train loss", "at a time", "kept, kB", "of backprop", "ms a step")
+    if any(result["saved_bytes"].get("transient") for result in results):
+        table.caption = f"{table.caption}; + what a recomputed block holds on top"
     for name in (f"{split} accuracy", *headers):
         table.add_column(name, justify="right", min_width=max(map(len, name.split())))
     for result in results:
         kept, backprop = result["saved_bytes"]["total"], result["saved_bytes_backprop"]["total"]
+        transient = result["saved_bytes"].get("transient")
         median = result["step_seconds"]["median"]
         table.add_row(
             result["method"],
             f"{result[f'{split}_accuracy']:.1%}",
             f"{result['loss']:.3f}",
             str(result["micro_batch"]),
-            f"{kept / 1e3:,.1f}",
+            f"{kept / 1e3:,.1f}" + (f" + {transient / 1e3:,.1f}" if transient else ""),
             f"1/{backprop / kept:.1f}",
             "-" if median is None else f"{1e3 * median:.1f}",
-            *([f"{result['saved_bytes'].get('transient', 0) / 1e3:,.1f}"] if recomputed else []),
         )
     Console().print(table)
 

@@ -84,4 +84,4 @@ def test_table(capsys, split):
     recomputed = {**result["saved_bytes"], "transient": 7890}
     metrics.show_table([result, {**result, "saved_bytes": recomputed}])
     text = capsys.readouterr().out
-    assert "block, kB" in text and "7.9" in text
+    assert "2.5 +" in text and "7.9" in text and "block" in text
