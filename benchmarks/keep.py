@@ -279,7 +279,7 @@ def factors_of(problem: Problem, way: Way) -> lance_jax.Factors | None:
         core_dtype=way.core_dtype,
     )
     in_bits = lance_jax.LayerFactors({}, core_dtype=way.core_dtype)
-    others = [path for path in layers if way.inside and not path.startswith(train.STEM)]
+    others = layers if way.inside else []
     return lance_jax.Factors({**factors, **dict.fromkeys([*others, head], in_bits)})
 
 
