@@ -1,15 +1,13 @@
 """Tables and plots of what a step may keep, from results/keep.jsonl."""
 
 import functools
-from collections.abc import Callable
-from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from benchmarks import grid, markdown, plots
 from benchmarks.continual_plots import Drawing
-from benchmarks.keep import SETTINGS, WAYS
+from benchmarks.keep import IN_MICRO_BATCHES, SETTINGS, WAYS
 from benchmarks.time_tables import measured_on
 
 Rows = dict[tuple[str, int], dict]  # (way, micro-batch) -> the newest record
@@ -88,7 +86,7 @@ def at_peak(row: dict) -> int:
 
 # --- tables ---------------------------------------------------------------------------------------
 
-HEADER = ["kept", "micro-batch", "kept, kB", "times fewer", "factors, sums, kB"]
+HEADER = ["kept", "micro-batch", "kept, kB", "factors, sums, kB", "times fewer"]
 HEADER += ["recomputed block, kB", "times fewer at the peak", "time to `jax.jit`'s"]
 HEADER += ["cosine", "worst layer's", "loss"]
 
@@ -107,15 +105,15 @@ def summary(found: dict[str, Rows]) -> str:
     for way in SHORT:
         ones = [{w: row for (w, _), row in whole(of).items()}.get(way) for of in found.values()]
         of_settings = zip(ones, found.values(), strict=True)
-        cells = ["" if one is None else _short(one, plain_row(of)) for one, of in of_settings]
+        cells = ["-" if one is None else _short(one, plain_row(of)) for one, of in of_settings]
         rows.append([WAY_NAMES[way], *cells])
     header = ["kept for the backward pass", *map(short_name, found)]
     return f"{markdown.table(header, rows)}\n\n{measured(found)}"
 
 
 def least(found: dict[str, Rows]) -> str:
-    """kB in which each way trains at all, one picture at a time."""
-    ways = [way for way in WAYS if any((way, 1) in rows for rows in found.values())]
+    """kB that a step of one picture holds beside parameters and gradients."""
+    ways = [way for way in IN_MICRO_BATCHES if any((way, 1) in rows for rows in found.values())]
     if not ways:
         return markdown.NOTHING
     header = ["kept", *map(short_name, found)]
@@ -129,39 +127,30 @@ def least(found: dict[str, Rows]) -> str:
 
 
 def _least(row: dict | None) -> str:
-    return "" if row is None else f"{(row['kept'] + row['factors'] + row['transient']) / 1e3:,.0f}"
+    return "-" if row is None else f"{(row['kept'] + row['factors'] + row['transient']) / 1e3:,.0f}"
 
 
 def trained(rows: list[dict]) -> str:
-    """Of training all layers, for each method: accuracy, loss and bytes."""
-    header = ["kept", "test accuracy, %", "training loss", "kept, kB", "times fewer"]
-    header += ["recomputed block, kB", "seeds"]
-    runs: dict[str, list[dict]] = {}
-    for row in grid.newest(rows, "data", "method", "seed"):
-        runs.setdefault(row["method"], []).append(row["result"])
-    if "backprop" not in runs:
-        return markdown.NOTHING
-
-    def mean(results: list[dict], value: Callable[[dict], float]) -> float:
-        return fmean(map(value, results))
-
-    plain = mean(runs["backprop"], lambda result: result["saved_bytes"]["total"])
+    """Of training all layers, for each learning rate and method: accuracy, loss and bytes."""
+    header = ["learning rate", "kept", "test accuracy, %", "training loss", "kept, kB"]
+    header += ["times fewer", "recomputed block, kB"]
     found = []
-    for method, results in runs.items():
-        kept = mean(results, lambda result: result["saved_bytes"]["total"])
-        transient = results[0]["saved_bytes"]["transient"]
+    for row in grid.newest(rows, "learning_rate", "method"):
+        result = row["result"]
+        kept = result["saved_bytes"]["total"]
+        transient = result["saved_bytes"]["transient"]
         found.append(
             [
-                grid.METHODS[method],
-                f"{100 * mean(results, lambda result: result['test_accuracy']):.1f}",
-                f"{mean(results, lambda result: result['loss']):.3f}",
+                f"{row['learning_rate']:g}",
+                grid.METHODS[row["method"]],
+                f"{100 * result['test_accuracy']:.1f}",
+                f"{result['loss']:.3f}",
                 f"{kept / 1e3:,.1f}",
-                f"{plain / kept:.1f}",
+                f"{result['saved_bytes_backprop']['total'] / kept:.1f}",
                 f"{transient / 1e3:,.1f}" if transient else "",
-                str(len(results)),
             ]
         )
-    return markdown.table(header, found)
+    return markdown.table(header, found) if found else markdown.NOTHING
 
 
 def measured(found: dict[str, Rows]) -> str:
@@ -173,7 +162,7 @@ def plain_row(rows: Rows) -> dict:
 
 
 def _short(row: dict, plain: dict) -> str:
-    times = f"{plain['kept'] / row['kept']:.1f} / {at_peak(plain) / at_peak(row):.1f}"
+    times = f"{plain['kept'] / between(row):,.1f} / {at_peak(plain) / at_peak(row):.1f}"
     return times if WAYS[row["way"]].exact else f"{times}, {row['cosine']:.3f}"
 
 
@@ -188,8 +177,8 @@ def _row(row: dict, plain: dict) -> list[str]:
         WAY_NAMES[row["way"]],
         str(row["micro_batch"]),
         f"{row['kept'] / 1e3:,.1f}",
-        f"{plain['kept'] / row['kept']:.1f}",
         f"{(row['factors'] + row['sums']) / 1e3:,.1f}",
+        f"{plain['kept'] / between(row):,.1f}",
         f"{row['transient'] / 1e3:,.1f}" if row["transient"] else "",
         f"{at_peak(plain) / at_peak(row):.1f}",
         markdown.ratio(row["ratio"]),

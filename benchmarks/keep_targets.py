@@ -72,10 +72,12 @@ def _trained(rows: list[dict]) -> Row:
         f"MCUNet trained in all layers: 1/{times} of plain backprop's bytes, at {points} points "
         "or better after the same epochs"
     )
-    by_method = {row["method"]: row["result"] for row in grid.newest(rows, "method", "seed")}
-    if not {"backprop", "blocks"} <= by_method.keys():
+    runs = {(row["method"], row["learning_rate"]): row["result"] for row in rows}
+    rates = [rate for method, rate in runs if method == "blocks" and ("backprop", rate) in runs]
+    if not rates:
         return target, "", "not measured"
-    ours, plain = by_method["blocks"], by_method["backprop"]
+    rate = max(rates, key=lambda rate: runs["backprop", rate]["test_accuracy"])
+    ours, plain = runs["blocks", rate], runs["backprop", rate]
     fewer = plain["saved_bytes"]["total"] / ours["saved_bytes"]["total"]
     difference = 100 * (ours["test_accuracy"] - plain["test_accuracy"])
     text = f"1/{fewer:.1f}, {difference:+.1f} (one seed)"

@@ -155,7 +155,8 @@ def _runs(
             between = next(n for i in reversed(using[: using.index(first)]) for n, _ in users[i])
             raise ValueError(
                 f"blocks interleave: {name!r} is used, then {between!r}, then {name!r} again; "
-                "choose a pattern that gives both one name, or matches neither, or put a "
+                "the text that is matched is the block's name: choose a pattern that gives both "
+                "one name (of the module around them), or matches neither, or put a "
                 "jax.checkpoint around each yourself"
             )
         begun.append(name)

@@ -43,6 +43,7 @@ class LayerReport:
       ranks: mode name -> rank; empty where no basis is used.
       core_dtype: how the core is stored; None: as the input.
       update: the rank that the weight gradient is confined to; None: unconfined, 0: frozen.
+      recomputed: whether it stands in a block, and keeps nothing.
       bytes: kept of the layer's input, all uses and scan steps together.
       bytes_backprop: the same of plain backprop.
       macs_forward: of the forward product, and of the projection to the core; of a block, of the
@@ -57,6 +58,7 @@ class LayerReport:
     ranks: Mapping[str, int]
     core_dtype: str | None
     update: int | None
+    recomputed: bool
     bytes: int
     bytes_backprop: int
     macs_forward: int
@@ -96,7 +98,7 @@ class Report:
         ]
         for x in self.layers:
             ranks = ", ".join(f"{mode} {r}" for mode, r in x.ranks.items()) or "-"
-            kept = x.core_dtype or "as input"
+            kept = "recomputed" if x.recomputed else x.core_dtype or "as input"
             macs = (x.macs_forward, x.macs_dx, x.macs_dw, x.macs_dw_backprop)
             sizes = (x.bytes, x.bytes_backprop, *macs)
             update = ["-" if x.update is None else str(x.update or "frozen")] if confined else []
@@ -231,6 +233,7 @@ def _row(path: str, uses: list[Use], factors: LayerFactors | None) -> LayerRepor
         ranks=ranks,
         core_dtype=factors.core_dtype if factors is not None else None,
         update=_update_rank(factors),
+        recomputed=uses[0].block is not None,
         bytes=kept if uses[0].block is None else 0,
         bytes_backprop=plain,
         macs_forward=forward + project,
@@ -248,6 +251,7 @@ def _block_row(path: str, uses: list[Use], factors: LayerFactors) -> LayerReport
         ranks=factors.ranks,
         core_dtype=factors.core_dtype,
         update=None,
+        recomputed=False,
         bytes=kept_bytes(uses, factors),
         bytes_backprop=0,
         macs_forward=project,

@@ -91,7 +91,7 @@ def show_table(results: Sequence[dict[str, Any]]) -> None:
     table.add_column("method")
     headers = ("train loss", "at a time", "kept, kB", "of backprop", "ms a step")
     if any(result["saved_bytes"].get("transient") for result in results):
-        table.caption = f"{table.caption}; + what a recomputed block holds on top"
+        table.caption = f"{table.caption}; + what a recomputed block holds on top, and with it"
     for name in (f"{split} accuracy", *headers):
         table.add_column(name, justify="right", min_width=max(map(len, name.split())))
     for result in results:
@@ -104,7 +104,8 @@ def show_table(results: Sequence[dict[str, Any]]) -> None:
             f"{result['loss']:.3f}",
             str(result["micro_batch"]),
             f"{kept / 1e3:,.1f}" + (f" + {transient / 1e3:,.1f}" if transient else ""),
-            f"1/{backprop / kept:.1f}",
+            f"1/{backprop / kept:.1f}"
+            + (f", 1/{backprop / (kept + transient):.1f}" if transient else ""),
             "-" if median is None else f"{1e3 * median:.1f}",
         )
     Console().print(table)

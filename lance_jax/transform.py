@@ -29,7 +29,8 @@ def compress(
 ) -> Callable:
     """The same function, keeping for its backward pass only each layer's projected core.
 
-    The forward pass, dX and the bias gradients are those of `apply_fn`. A layer in `factors` keeps
+    The forward pass is that of `apply_fn`, and so are dX and the bias gradients where layers are
+    compressed; a block's gradients are all taken at its expanded core. A layer in `factors` keeps
     its input's core, X x_m U_m^T over its modes m (LANCE, arXiv 2509.21617), and its weight
     gradient is plain backprop's at the projected input, computed from the core. With a feature,
     channel or patch basis alone, not quantised and not centred, that is the orthogonal projection
@@ -136,7 +137,9 @@ def check(factors: Factors, found: Found) -> None:
             near = difflib.get_close_matches(path, found.uses, n=3, cutoff=0.3)
             hint = f"; the nearest are {', '.join(near)}" if near else ""
             reason = _reason(path, found.layers.skipped)
-            why = f"cannot be compressed: {reason}" if reason else "matches no layer"
+            why = f"cannot be compressed: {reason}" if reason else "matches no layer or block"
+            if not reason and any(other.startswith(f"{path}/") for other in found.uses):
+                hint = "; factors of a block need the function that `blocks` gave"
             errors.append(f"factors[{path!r}] {why}{hint}")
             continue
         for use in found.uses[path]:

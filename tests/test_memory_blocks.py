@@ -123,6 +123,11 @@ def test_transient_and_macs_by_hand():
     bytes_kept = 10 * 2 + 2 * 1 + 2 * F32
     assert (row.kind, row.bytes, dict(row.ranks)) == ("block", bytes_kept, {"feature": 2})
     assert (row.macs_forward, row.macs_dx) == (10 * 6 * 2, 10 * 6 * 2)
+    assert [row.recomputed for row in report.layers] == [
+        row.kind != "block" for row in report.layers
+    ]
+    (line,) = (line for line in str(report).splitlines() if line.startswith("b/w "))
+    assert "recomputed" in line
     only_b = lance_jax.report(loss, DENSE, X, factors={"b": kept}, trainable="^b")
     assert only_b.macs_recomputed == report.macs_recomputed / 2  # no gradient passes the other
     # of a plain jax.checkpoint the input is kept, not expanded

@@ -84,4 +84,5 @@ def test_table(capsys, split):
     recomputed = {**result["saved_bytes"], "transient": 7890}
     metrics.show_table([result, {**result, "saved_bytes": recomputed}])
     text = capsys.readouterr().out
+    assert "1/4.8" in text  # 50000 / (2500 + 7890)
     assert "2.5 +" in text and "7.9" in text and "block" in text

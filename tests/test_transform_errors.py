@@ -179,3 +179,11 @@ def test_factors_of_a_skipped_layer_say_why():
     )
     with pytest.raises(ValueError, match=r"(?s)w.*custom_vjp"):
         fast(params, x)
+
+
+def test_factors_of_a_block_for_a_function_without_blocks():
+    params = {"a": {"w": random(4, 4), "v": random(4, 4)}}
+    fast = lance_jax.compress(lambda p, x: x @ p["a"]["w"] @ p["a"]["v"], {"a": LayerFactors({})})
+    message = "'a'. matches no layer or block; factors of a block need the function that `blocks` g"
+    with pytest.raises(ValueError, match=message):
+        fast(params, random(3, 4))
