@@ -29,7 +29,7 @@ WAY_NAMES = {
     "paper": "LANCE, layers, `paper` modes",
     "blocks_int8": "LANCE, blocks, int8",
     "blocks_int4": "LANCE, blocks, int4",
-    "blocks_layers_int4": "LANCE, blocks, int4, layers inside as well",
+    "blocks_layers_int4": "LANCE, blocks, int4, layers too",
     "blocks_int4_stochastic": "LANCE, blocks, int4, stochastic",
     "blocks_999_int8": "LANCE, blocks, energy .999, int8",
     "blocks_99_int8": "LANCE, blocks, energy .99, int8",
