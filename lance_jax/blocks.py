@@ -18,10 +18,11 @@ from lance_jax.interpreter import (
     run,
 )
 from lance_jax.jaxprs import Eqn, Jaxpr, Ref, bind, bodies, nbytes, prims, variables
-from lance_jax.origins import is_marked
+from lance_jax.origins import Origins, is_marked
 
 Refs = Sequence[Ref | None]
 NameOf = Callable[[str], str | None]  # the block that a parameter's path belongs to
+Bytes = tuple[int, int]  # of activations, and of what is computed from arguments alone
 Name = tuple[str, bool]  # of a block, or the path of a parameter that belongs to none; which it is
 
 
@@ -36,8 +37,10 @@ def blocks(apply_fn: Callable, pattern: str) -> Callable:
     which the fewest bytes cross from one block into the next: the sum and the relu at the end of a
     residual block, the mean and variance at the beginning of a normalised one.
 
-    In a `lax.scan` over stacked parameters the block is inside of the loop. `layers` then lists
-    the blocks, and `calibrate` and `compress` take them by their names.
+    In a `lax.scan` over stacked parameters the block is inside of the loop. What one `jax.jit` or
+    branch inside the network has of a block's equations, and what stands outside of it, are blocks
+    of their own, the later ones with `:2` and so on after the name. `layers` then lists the blocks,
+    and `calibrate` and `compress` take them by their names.
 
     Args:
       apply_fn: any JAX function of (params, *args, **kwargs).
@@ -48,7 +51,7 @@ def blocks(apply_fn: Callable, pattern: str) -> Callable:
 
     Raises:
       ValueError: for what is no regular expression; when called, if it matches no parameter, or
-        nothing that uses one, or if blocks interleave.
+        nothing that uses one, or if blocks interleave in one body.
     """
     if not isinstance(pattern, str):
         raise ValueError(f"pattern is {pattern!r}; it must be a string, a regular expression")
@@ -74,7 +77,7 @@ def blocks(apply_fn: Callable, pattern: str) -> Callable:
             raise ValueError(
                 f"pattern {pattern!r} matches an empty text in {empty[0]!r}; a block needs a name"
             )
-        nodes = _plan(traced.jaxpr, traced.refs, name_of)
+        nodes = _plan(traced.jaxpr, traced.refs, name_of, Origins(traced))
         if not nodes:
             raise ValueError(
                 f"pattern {pattern!r} matches parameters, such as {named[0]!r}, but no block of "
@@ -91,7 +94,7 @@ def _as_it_is(jaxpr: Jaxpr, i: int, node: Any, read: Callable[[Any], Any]) -> li
     return bind(eqn, [read(v) for v in variables(eqn.invars)])
 
 
-def _plan(jaxpr: Jaxpr, refs: Refs, name_of: NameOf) -> Nodes:
+def _plan(jaxpr: Jaxpr, refs: Refs, name_of: NameOf, origins: Origins) -> Nodes:
     operands = operand_refs(jaxpr, refs)
     users = [_users(eqn, of, name_of) for eqn, of in zip(jaxpr.eqns, operands, strict=True)]
     nodes: Nodes = {}
@@ -102,12 +105,12 @@ def _plan(jaxpr: Jaxpr, refs: Refs, name_of: NameOf) -> Nodes:
             continue
         if bodies(eqn) and (len(users[i]) > 1 or _repeats(eqn, of, name_of)):
             inner = zip(bodies(eqn), body_refs(eqn, of), strict=True)
-            body = Body(tuple(_plan(one, refs, name_of) for one, refs in inner))
+            body = Body(tuple(_plan(one, refs, name_of, origins) for one, refs in inner))
             if any(body.nodes):
                 nodes[i] = body
         elif len(users[i]) == 1:
             own[i] = matched[0]
-    return nodes | _runs(jaxpr, operands, users, own)
+    return nodes | _runs(jaxpr, users, own, operands, _crossing(jaxpr, operands, origins))
 
 
 def _users(eqn: Eqn, operands: Refs, name_of: NameOf) -> list[Name]:
@@ -139,10 +142,13 @@ def _repeats(eqn: Eqn, operands: Refs, name_of: NameOf) -> bool:
 
 
 def _runs(
-    jaxpr: Jaxpr, operands: Sequence[Refs], users: Sequence[list[Name]], own: dict[int, str]
+    jaxpr: Jaxpr,
+    users: Sequence[list[Name]],
+    own: dict[int, str],
+    operands: Sequence[Refs],
+    crossing: Sequence[Bytes],
 ) -> Nodes:
     """The blocks of equations at this level; `own` are those that belong to one block each."""
-    crossing = _crossing(jaxpr, operands)
     using = [i for i, names in enumerate(users) if names]
     nodes: Nodes = {}
     begun: list[str] = []
@@ -172,7 +178,7 @@ def _runs(
     return nodes
 
 
-def _cut(crossing: Sequence[int], first: int, last: int) -> int:
+def _cut(crossing: Sequence[Bytes], first: int, last: int) -> int:
     """Where the fewest bytes cross; of several such places the last."""
     return min(range(last, first - 1, -1), key=lambda i: crossing[i])
 
@@ -184,10 +190,12 @@ def _back(operands: Sequence[Refs], least: int, i: int) -> int:
     return i
 
 
-def _crossing(jaxpr: Jaxpr, operands: Sequence[Refs]) -> list[int]:
+def _crossing(jaxpr: Jaxpr, operands: Sequence[Refs], origins: Origins) -> list[Bytes]:
     """Before each equation, and at the end: bytes of what was computed from data and is used yet.
 
-    The arguments are at hand, and cost nothing.
+    Those of activations come first. What is computed from arguments alone, such as a mask, need not
+    have a batch: by the sum of both, blocks would begin elsewhere in a batch of another size. The
+    arguments are at hand, and cost nothing.
     """
     made: dict[Any, int] = {}
     for i, (eqn, refs) in enumerate(zip(jaxpr.eqns, operands, strict=True)):
@@ -197,9 +205,10 @@ def _crossing(jaxpr: Jaxpr, operands: Sequence[Refs]) -> list[int]:
     for i, eqn in enumerate(jaxpr.eqns):
         last |= {v: i for v in variables(eqn.invars) if v in made}
     last |= {v: len(jaxpr.eqns) for v in variables(jaxpr.outvars) if v in made}
-    change = [0] * (len(jaxpr.eqns) + 2)
+    changes = [[0] * (len(jaxpr.eqns) + 2) for _ in range(2)]
     for v, i in made.items():
         if last[v] > i:
+            change = changes[origins.is_data_alone(v)]
             change[i + 1] += nbytes(v.aval)
             change[last[v] + 1] -= nbytes(v.aval)
-    return list(itertools.accumulate(change))[:-1]
+    return list(zip(*(itertools.accumulate(change[:-1]) for change in changes), strict=True))

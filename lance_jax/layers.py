@@ -283,7 +283,7 @@ class Blocks:
         eqn = jaxpr.eqns[i]
         inner = jaxprs.bodies(eqn)
         name = self._name(eqn, refs) if inner and eqn.primitive is prims.remat_p else None
-        if name and (why := _kept_by_policy(eqn.params["policy"])):
+        if name and (why := _kept_by_policy(eqn.params["policy"], self.around(jaxpr))):
             self.refused.append(Skipped(name, why))
             name = None
         for body in inner:
@@ -336,10 +336,11 @@ def block_scans(refs: Sequence[Ref | None], trips: Trips) -> tuple[bool, ...]:
     return tuple(any(scans[k] for scans in made_of) for k in range(len(trips)))
 
 
-def _kept_by_policy(policy: Any) -> str:
-    """Why a block cannot be recomputed from its inputs alone."""
+def _kept_by_policy(policy: Any, around: str | None) -> str:
+    """Why a block, in the block `around`, cannot be recomputed from its inputs alone."""
     nothing = (None, jax.checkpoint_policies.nothing_saveable)
     if isinstance(policy, Named) or policy in nothing:
         return ""
     name = getattr(policy, "__name__", type(policy).__name__)
-    return f"its jax.checkpoint has a policy of its own, {name}, and saves what that says"
+    why = f"its jax.checkpoint has a policy of its own, {name}, and saves what that says"
+    return f"{why}, while {around} is recomputed" if around else why

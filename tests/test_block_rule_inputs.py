@@ -303,6 +303,8 @@ def test_a_policy_of_its_own_is_refused_by_name():
         lance_jax.compress(apply, {"a": LayerFactors({})})(params, x)
     own = lance_jax.calibrate(apply, params, [x])  # its layers are there all the same
     assert list(own) == ["a/w"]
+    (skip,) = lance_jax.layers(jax.checkpoint(apply), params, x).skipped
+    assert skip.path == "a:2" and skip.reason.endswith("what that says, while a is recomputed")
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,22 @@ def test_arithmetic_among_parameters_counts_as_a_parameter():
     assert_equal(blocked(CHAIN, X), apply(CHAIN, X))
 
 
+def test_blocks_begin_at_the_same_place_in_batches_of_all_sizes():
+    def apply(params, x, positions):
+        s = positions + 1  # larger than one sample's activations
+        h = jnp.tanh(x @ params["a"]["w"])
+        return jnp.concatenate([h, jnp.cos(h)], 1) * jnp.exp(s.sum() * 1e-9) @ params["b"]["w"]
+
+    blocked = lance_jax.blocks(apply, "^[ab]")
+    shapes = {
+        n: {layer.path: layer.inputs for layer in lance_jax.layers(blocked, CHAIN, x, jnp.ones(60))}
+        for n in (16, 1)
+        for x in [random(n, 3, 5)]
+    }
+    assert shapes[16]["b"] == ((16, 3, 5), (60,))
+    assert shapes[1]["b"] == ((1, 3, 5), (60,))
+
+
 def test_a_block_ends_before_a_parameter_that_no_pattern_matches():
     blocked = lance_jax.blocks(chain, "^a")
     (eqn,) = checkpoints(blocked, CHAIN, X)
