@@ -13,7 +13,7 @@ import itertools
 
 from benchmarks import arguments, finetune, records, tasks
 
-METHODS = ("backprop", "lance", "blocks")
+METHODS = ("backprop", "blocks", "blocks_90")
 SETTINGS = {"trainable_layers": 28, "epochs": 5}
 
 
