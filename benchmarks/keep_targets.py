@@ -79,16 +79,15 @@ def _trained(rows: list[dict]) -> Row:
     rate = max(rates, key=lambda rate: runs["backprop", rate]["test_accuracy"])
     plain = runs["backprop", rate]
 
-    def beside(ours: dict) -> tuple[float, float]:
-        fewer = plain["saved_bytes"]["total"] / ours["saved_bytes"]["total"]
-        return fewer, 100 * (ours["test_accuracy"] - plain["test_accuracy"])
-
-    found = [
-        beside(run) for (method, at), run in runs.items() if method != "backprop" and at == rate
-    ]
-    text = "; ".join(f"1/{fewer:.1f}, {difference:+.1f}" for fewer, difference in found)
-    met = any(fewer >= times and difference >= points for fewer, difference in found)
-    return target, f"{text} (one seed)", _verdict(met)
+    texts, met = [], False
+    for (method, at), ours in runs.items():
+        if method != "backprop" and at == rate:
+            fewer = plain["saved_bytes"]["total"] / ours["saved_bytes"]["total"]
+            difference = 100 * (ours["test_accuracy"] - plain["test_accuracy"])
+            name = grid.METHODS[method].removeprefix("LANCE, ")
+            texts.append(f"1/{fewer:.1f}, {difference:+.1f}: {name}")
+            met = met or (fewer >= times and difference >= points)
+    return target, f"{'; '.join(texts)} (one seed)", _verdict(met)
 
 
 def _beside_checkpoint(found: dict[str, Rows], setting: str) -> Row:

@@ -87,7 +87,8 @@ def calibrate(
         stand in none), a regular expression or several over paths (`re.search`; one that is found
         in a block's name chooses none of the layers inside), `last(n)`, or a function of a
         `Layer`.
-      energy: the share of the trace that each mode keeps, in (0, 1]; 0.9 where none is given.
+      energy: the share of the trace that each mode keeps, in (0, 1]; 0.9 where none is given. Of
+        blocks, whose errors add up, take it near 1, or `modes=()`.
       modes: None (all but batch and patch), "paper" (all axes, at energy 0.7), or mode names, each
         applied where a layer has it, and to all activations that enter a block; () keeps the whole
         input of the selected layers in `core_dtype`.

@@ -182,7 +182,7 @@ def test_training_all_layers():
     rows += [trained("backprop", 0.70, 6000, 0.2), trained("blocks", 0.5, 200, 0.2)]
     found = verdicts(keep_targets.table({}, {}, rows))
     (told,) = (value for key, value in found.items() if key.startswith("MCUNet trained in all"))
-    assert told == ("1/30.0, -0.5 (one seed)", "met")
+    assert told == ("1/30.0, -0.5: blocks in int4 (one seed)", "met")
     lines = keep_tables.trained(rows).splitlines()
     assert "| 0.1 | LANCE, blocks in int4 | 79.5 | 0.500 | 0.2 | 30.0 | 0.5 |" in lines
     assert keep_tables.trained([]) == "(not measured yet)"
