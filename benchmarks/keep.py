@@ -262,7 +262,7 @@ def step_of(problem: Problem, way: Way, factors: lance_jax.Factors | None, size:
 def factors_of(problem: Problem, way: Way) -> lance_jax.Factors | None:
     """Calibrated; of the head's input, and of layers in blocks, only the bits are cut.
 
-    None of the stem: what enters it is an argument of the step, which costs nothing to keep.
+    No core of what enters the stem: it is an argument of the step, which costs nothing to keep.
     """
     if way.exact:
         return None

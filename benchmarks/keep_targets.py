@@ -106,7 +106,7 @@ def _beside_checkpoint(found: dict[str, Rows], setting: str) -> Row:
 
 
 def _one(found: dict[str, Rows], setting: str) -> Row:
-    """By the way that needs least at its peak of those that keep few enough."""
+    """By the way that needs least at its peak."""
     target = (
         f"{keep_tables.short_name(setting)}, one picture: 1/{ONE[0]:g} of plain backprop's bytes "
         f"between the phases, 1/{ONE[1]:g} at the peak"
