@@ -2,10 +2,9 @@
 
     python -m benchmarks.all_layers
 
-The same epochs for each method, at each of a few learning rates: far below that of the last four
-layers, at which plain backprop of all of them ends at chance. All but the depthwise convolutions
-train. A finished run is a line of results/all_layers.jsonl; the same command goes on where it was
-stopped.
+The same epochs for each method, at each of a few learning rates, which are not searched. All but
+the depthwise convolutions train. A finished run is a line of results/all_layers.jsonl; the same
+command goes on where it was stopped.
 """
 
 import argparse
