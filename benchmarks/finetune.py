@@ -39,6 +39,7 @@ METHODS = {
     "lance": {"method": "lance"},
     "lance_micro": {"method": "lance", "micro_batch": 8},
     "blocks": {"method": "lance", "keep": "blocks", "modes": "none"},
+    "blocks_99": {"method": "lance", "keep": "blocks", "energy": 0.99},
     "blocks_90": {"method": "lance", "keep": "blocks", "energy": 0.9},
     "paper": {"method": "lance", "modes": "paper", "energy": 0.7, "core_dtype": ""},
     "int8": {"method": "lance", "modes": "none", "core_dtype": "int8"},
@@ -86,9 +87,13 @@ def measure(
     path: Path,
     seeds: Iterable[int] = SEEDS,
     energy: float | None = None,
+    first_rate: float = 0.05,
     **settings,
 ) -> None:
-    """Appends all missing cells of one method; `settings` replace config fields."""
+    """Appends all missing cells of one method; `settings` replace config fields.
+
+    The search for a learning rate begins at `first_rate`.
+    """
 
     def measured(split: str, rate: float, seed: int) -> dict[str, Any]:
         key = {"model": model, "data": data, "method": method, "split": split}
@@ -97,12 +102,12 @@ def measure(
     def accuracy(rate: float) -> float:
         return measured("validation", rate, SEARCH_SEED)["validation_accuracy"]
 
-    rate = search(accuracy)
+    rate = search(accuracy, first_rate)
     for seed in seeds:
         measured("test", rate, seed)
 
 
-def search(accuracy: Callable[[float], float], start: float = 0.05) -> float:
+def search(accuracy: Callable[[float], float], start: float) -> float:
     """The rate none of whose neighbours (half, double) is better, by hill climbing."""
     best, scores = start, {}
     while True:

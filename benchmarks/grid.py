@@ -36,6 +36,7 @@ METHODS = {
     "lance": "LANCE",
     "lance_micro": "LANCE, micro-batches of 8",
     "blocks": "LANCE, blocks in int4",
+    "blocks_99": "LANCE, blocks, energy 0.99",
     "blocks_90": "LANCE, blocks, energy 0.9",
     "paper": "LANCE, `paper` modes",
     "int8": "int8 inputs",

@@ -131,18 +131,18 @@ def _least(row: dict | None) -> str:
 
 
 def trained(rows: list[dict]) -> str:
-    """Of training all layers, for each learning rate and method: accuracy, loss and bytes."""
-    header = ["learning rate", "kept", "test accuracy, %", "training loss", "kept, kB"]
+    """Of training all layers, for each method: its learning rate, accuracy, loss and bytes."""
+    header = ["kept", "learning rate", "test accuracy, %", "training loss", "kept, kB"]
     header += ["times fewer", "recomputed block, kB"]
     found = []
-    for row in grid.newest(rows, "learning_rate", "method"):
+    for row in tested(rows):
         result = row["result"]
         kept = result["saved_bytes"]["total"]
         transient = result["saved_bytes"]["transient"]
         found.append(
             [
-                f"{row['learning_rate']:g}",
                 grid.METHODS[row["method"]],
+                f"{row['learning_rate']:g}",
                 f"{100 * result['test_accuracy']:.1f}",
                 f"{result['loss']:.3f}",
                 f"{kept / 1e3:,.1f}",
@@ -151,6 +151,11 @@ def trained(rows: list[dict]) -> str:
             ]
         )
     return markdown.table(header, found) if found else markdown.NOTHING
+
+
+def tested(rows: list[dict]) -> list[dict]:
+    """Of training all layers, each method's newest test run."""
+    return grid.newest([row for row in rows if row["split"] == "test"], "method")
 
 
 def measured(found: dict[str, Rows]) -> str:

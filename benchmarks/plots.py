@@ -23,6 +23,7 @@ STYLES = {
     "lance": ("o", "#d62728", "full"),
     "lance_micro": ("^", "#d62728", "full"),
     "blocks": ("D", "#d62728", "full"),
+    "blocks_99": ("v", "#d62728", "full"),
     "blocks_90": (">", "#d62728", "full"),
     "paper": ("P", "#d62728", "none"),
     "int8": ("s", "#1f77b4", "full"),

@@ -32,7 +32,7 @@ def test_search_climbs_to_the_best_rate(best):
         tried.append(rate)
         return -abs(np.log(rate / best))
 
-    assert finetune.search(accuracy) == best
+    assert finetune.search(accuracy, 0.05) == best
     assert {best / 2, best, best * 2} <= set(tried) and len(tried) == len(set(tried))
 
 
@@ -61,7 +61,7 @@ def test_what_is_not_there_is_one_line():
 
 
 def test_search_ends_on_a_plateau():
-    assert finetune.search(lambda rate: 1.0) == 0.05
+    assert finetune.search(lambda rate: 1.0, 0.05) == 0.05
 
 
 def test_finetune_runs_each_cell_once(tmp_path, monkeypatch):
