@@ -4,7 +4,7 @@
   Compression through Tensor Decomposition, NeurIPS 2024, arXiv 2411.06346), as there: of all modes
   with that of the batch, cores and factors in float32. Here by a Gram matrix and `eigh` for each
   mode, which is faster than a singular value decomposition.
-* `checkpoint_bytes`: of `jax.checkpoint` of every block (`train.in_blocks`).
+* `checkpoint_bytes`: of `jax.checkpoint` of every block (`train.loss_in_blocks`).
 """
 
 import itertools
@@ -166,7 +166,7 @@ def checkpoint_bytes(config: Config, problem: Problem) -> dict[str, int]:
     """Bytes kept between the phases, and the most that one block needs when it is run again."""
     train_fn, params, picture = problem.network
     trainable = train.trainable_patterns("backprop", problem.layers)
-    loss = loop.loss_of(train.in_blocks(train_fn))
+    loss = train.loss_in_blocks(loop.loss_of(train_fn))
     batch = _batch(config.batch_size, picture, problem)
     report = lance_jax.report(loss, params, *batch, trainable=trainable)
     return {"total": report.saved_bytes.total, "transient": report.transient}

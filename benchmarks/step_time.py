@@ -130,29 +130,28 @@ def one_call(loss: Callable, patterns: list[str], params: Any) -> Callable:
 
 def two_phases(method: str, config: Config, problem: Problem) -> Callable:
     """(inputs, labels) -> (loss, gradients) by a method, as the program computes them."""
-    loss = loop.loss_of(loop.for_device(forward(method, config, problem)))
     step = lance_jax.value_and_grad(
-        loss,
+        loop.for_device(loss_by(method, config, problem)),
         trainable=train.trainable_patterns(config.method, problem.layers),
         micro_batch=config.micro_batch,
     )
     return functools.partial(step, problem.params)
 
 
-def forward(method: str, config: Config, problem: Problem) -> Callable[[Any, Any], Any]:
-    """What a method trains, with what it does about the bytes that are kept."""
+def loss_by(method: str, config: Config, problem: Problem) -> Callable[[Any, Any, Any], Any]:
+    """What a method trains by, with what it does about the bytes that are kept."""
     if method == "hosvd":
         (ranks,) = rivals.batch_ranks(config, problem, problem.params, 1)
-        return rivals.hosvd(config, problem, ranks)
+        return loop.loss_of(rivals.hosvd(config, problem, ranks))
+    loss = train.loss_fn(config, config.method, problem.train_fn)
     if method == "checkpoint":
-        return train.in_blocks(problem.train_fn)
+        return train.loss_in_blocks(loss)
     if config.method == "backprop":
-        return problem.train_fn
+        return loss
     lance = config.method == "lance"
-    factors = train.calibration(config, problem)() if lance else lance_jax.Factors()
-    by_block = train.recomputes(config, config.method)
-    apply_fn = train.in_blocks(problem.train_fn) if by_block else problem.train_fn
-    return lance_jax.compress(apply_fn, factors)
+    return lance_jax.compress(
+        loss, train.calibration(config, problem)() if lance else lance_jax.Factors()
+    )
 
 
 # --- the decomposition alone ----------------------------------------------------------------------

@@ -43,7 +43,8 @@ def blocks(apply_fn: Callable, pattern: str) -> Callable:
     and `calibrate` and `compress` take them by their names.
 
     Args:
-      apply_fn: any JAX function of (params, *args, **kwargs).
+      apply_fn: any JAX function of (params, *args, **kwargs), a network or its loss. The last
+        block of a loss goes on to its end, and keeps nothing of the logits.
       pattern: a regular expression over the paths of parameters (`re.search`).
 
     Returns:

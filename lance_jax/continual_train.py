@@ -215,8 +215,9 @@ class Learner:
 
     def _fit(self, task: int, plan: Plan, setting: Setting, name: str, epochs: int) -> Fitted:
         network = self._train_network(task)
+        has_aux = network.batch_stats == "trained"
         return fit(
-            plan.wrap(apply_fn(network)),
+            loss_of(plan.wrap(apply_fn(network)), has_aux, criterion(self.config.task_classes)),
             setting.params if plan.params is None else plan.params,
             setting.pictures if plan.pictures is None else plan.pictures,
             self.config,
@@ -228,9 +229,8 @@ class Learner:
             directory=self.directory / name,
             # the statistics of the whole batch, and one key of dropout for it
             micro_batch=None if self.has_norm else self.config.batch_size,
-            has_aux=network.batch_stats == "trained",
+            has_aux=has_aux,
             dropout=isinstance(network, AlexNet),
-            criterion=criterion(self.config.task_classes),
             transform=plan.transform,
         )
 

@@ -82,13 +82,13 @@ def loss_of(
     return loss
 
 
-def for_device(apply_fn: ApplyFn) -> ApplyFn:
+def for_device(fn: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, in a form that is fast on the backend that JAX computes on."""
-    return lance_jax.lower_for_cpu(apply_fn) if jax.default_backend() == "cpu" else apply_fn
+    return lance_jax.lower_for_cpu(fn) if jax.default_backend() == "cpu" else fn
 
 
 def fit(
-    apply_fn: ApplyFn,
+    loss: Callable[..., Any],
     params: Any,
     examples: Examples,
     config: Config,
@@ -102,13 +102,13 @@ def fit(
     micro_batch: int | None,
     has_aux: bool = False,
     dropout: bool = False,
-    criterion: Criterion = cross_entropy,
     transform: optax.GradientTransformation | None = None,
 ) -> Fitted:
     """Trains `params` by SGD, going on from the newest checkpoint in `directory` if there is one.
 
-    With `has_aux`, apply_fn gives (logits, aux), and aux replaces its entries of `params` after
-    each step: the statistics of batch norm. With `dropout`, apply_fn is given a key, `dropout=key`.
+    `loss` is one of `loss_of`. With `has_aux` it gives (loss, aux), and aux replaces its entries of
+    `params` after each step: the statistics of batch norm. With `dropout` it is given a key,
+    `dropout=key`.
     `transform` comes before everything else that is done to the gradients.
     `calibrate` gives the factors to compress with, once at the start; None trains in plain JAX.
     `trainable` is that of `lance_jax.value_and_grad`. `micro_batch` samples at a time go through
@@ -132,10 +132,9 @@ def fit(
     )
 
     def gradients_with(factors: lance_jax.Factors) -> Gradients:
-        compressed = apply_fn if calibrate is None else lance_jax.compress(apply_fn, factors)
-        loss = loss_of(for_device(compressed), has_aux, criterion)
+        compressed = loss if calibrate is None else lance_jax.compress(loss, factors)
         shared = 1 if micro_batch is None else config.batch_size
-        return gradients_of(loss, trainable, shared, has_aux)
+        return gradients_of(for_device(compressed), trainable, shared, has_aux)
 
     with Checkpoints(directory / "checkpoints") as checkpoints:
         initial = _initial_state(params, optimizer, trainable, config.seed)

@@ -14,7 +14,7 @@ from lance_jax.config import Config, claim, distinct, names
 from lance_jax.features import Features, features
 from lance_jax.folder import class_root, folder_pictures
 from lance_jax.loader import check_batch
-from lance_jax.loop import ApplyFn, Examples, fit, for_device
+from lance_jax.loop import ApplyFn, Examples, fit, for_device, loss_of
 from lance_jax.models import weights
 from lance_jax.models.digits import DigitsNet
 from lance_jax.models.network import Network, apply_fn, as_params, shapes
@@ -213,7 +213,7 @@ def pretrain_digits(config: Config, workdir: str | Path) -> dict[str, Any]:
     network = DigitsNet(classes=len(classes))
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
     return fit(
-        apply_fn(network),
+        loss_of(apply_fn(network)),
         network.init(key, jnp.asarray(pictures.read([0])))["params"],
         pictures,
         config,

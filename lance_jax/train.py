@@ -71,6 +71,7 @@ def run(
 # argument of the step: to keep it costs nothing, and a core of it would.
 STEM = "stem"
 BLOCKS = rf"{STEM}|blocks_\d+|features"
+HEAD = "head"
 
 
 def fit_method(config: Config, problem: Problem, method: str, directory: Path) -> Fitted:
@@ -81,7 +82,7 @@ def fit_method(config: Config, problem: Problem, method: str, directory: Path) -
     """
     calibrate = {"backprop": None, "lance": calibration(config, problem)}
     return fit(
-        in_blocks(problem.train_fn) if recomputes(config, method) else problem.train_fn,
+        loss_fn(config, method, problem.train_fn),
         problem.params,
         problem.train,
         config,
@@ -115,6 +116,20 @@ def in_blocks(apply_fn: ApplyFn) -> ApplyFn:
     return lance_jax.blocks(for_device(apply_fn), BLOCKS)
 
 
+def loss_fn(config: Config, method: str, apply_fn: ApplyFn) -> Callable[..., Any]:
+    """The loss that a method trains by."""
+    loss = loss_of(apply_fn, trains_statistics(config))
+    return loss_in_blocks(loss) if recomputes(config, method) else loss
+
+
+def loss_in_blocks(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """The same loss with each block of its network under a `jax.checkpoint`.
+
+    The head is one more, and holds the loss, so that nothing is kept of the logits.
+    """
+    return lance_jax.blocks(for_device(loss), rf"{BLOCKS}|^{HEAD}(?=/)")
+
+
 def trains_statistics(config: Config) -> bool:
     """Whether batch norm uses and trains the batch's own statistics."""
     return config.get("batch_stats") == "trained"
@@ -133,7 +148,8 @@ def trainable_patterns(method: str, layers: Sequence[str]) -> list[str]:
 def calibration(config: Config, problem: Problem) -> Callable[[], lance_jax.Factors]:
     """A function that gives LANCE's factors, from the first training batches, forward only.
 
-    Of the head's input, which is small, only the bits are cut.
+    Of the head's input, which is small, only the bits are cut; where blocks are kept, the head is a
+    block, too (`loss_in_blocks`).
     """
     modes = {"": None, "paper": "paper", "none": ()}.get(config.modes, names(config.modes))
     core_dtype = config.core_dtype or None
@@ -154,8 +170,9 @@ def calibration(config: Config, problem: Problem) -> Callable[[], lance_jax.Fact
             modes=modes,
             core_dtype=core_dtype,
         )
-        head = lance_jax.LayerFactors({}, core_dtype=core_dtype)
-        return lance_jax.Factors({**factors, "head/kernel": head}, factors.skipped)
+        head = HEAD if by_block else f"{HEAD}/kernel"
+        in_bits = lance_jax.LayerFactors({}, core_dtype=core_dtype)
+        return lance_jax.Factors({**factors, head: in_bits}, factors.skipped)
 
     return calibrate
 
@@ -172,9 +189,7 @@ def saved_bytes(
     recomputed block holds on top while the backward pass is in it.
     """
     train_fn, params, picture = problem.network
-    if recomputes(config, method):
-        train_fn = in_blocks(train_fn)
-    loss = loss_of(train_fn, trains_statistics(config))
+    loss = loss_fn(config, method, train_fn)
 
     def report(method: str, size: int) -> Report:
         batch = (

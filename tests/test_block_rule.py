@@ -53,6 +53,40 @@ def expanded(x, bases):
     return x
 
 
+@pytest.mark.parametrize("core_dtype", DTYPES)
+def test_the_head_takes_in_the_loss(core_dtype):
+    """Of the logits nothing is kept, and the loss's gradients are those at the core's X^."""
+    labels = jnp.arange(12) % 50
+    params, x = (
+        {"layer": random(7, 6), "head": {"kernel": random(6, 50, seed=1)}},
+        random(12, 7, seed=2),
+    )
+
+    def of_head(head, hidden):
+        shares = jax.nn.log_softmax(hidden @ head["kernel"])
+        return -jnp.take_along_axis(shares, labels[:, None], 1).mean()
+
+    def loss(params, x):
+        return of_head(params["head"], jnp.tanh(x @ params["layer"]))
+
+    in_blocks = lance_jax.blocks(loss, "head")
+    own = Factors({"head": LayerFactors({}, core_dtype=core_dtype)})
+    fast = lance_jax.compress(in_blocks, own)
+    vg = lance_jax.value_and_grad(fast, trainable="head")
+    value, saved = vg.forward(params, x)
+    np.testing.assert_array_equal(value, lance_jax.value_and_grad(loss).forward(params, x)[0])
+    report = lance_jax.report(in_blocks, params, x, factors=own, trainable="head")
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(saved))
+    assert held == report.saved_bytes.total <= 4 * 12 * 6 + 4 < 4 * 12 * 50
+
+    hidden = np.asarray(jnp.tanh(x @ params["layer"]), np.float32)
+    at = hidden if core_dtype is None else reference.stored(hidden, core_dtype)
+    with jax.enable_x64(True):
+        exact = jax.tree.map(lambda a: jnp.asarray(a, "float64"), (params["head"], at))
+        want = jax.tree.map(jnp.float32, jax.grad(of_head)(*exact))
+    assert_close(vg(params, x)[1]["head"], want, rtol=1e-3, atol=2e-4)
+
+
 @pytest.mark.parametrize("name", BLOCKED)
 def test_forward_is_bit_identical(name):
     net = BLOCKED[name]

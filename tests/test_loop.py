@@ -58,7 +58,7 @@ def fit(
 ):  # fmt: skip
     config = ml_collections.ConfigDict({**SETTINGS, **settings})
     return loop.fit(
-        apply,
+        loop.loss_of(apply, criterion=criterion),
         initial(),
         examples() if data is None else data,
         config,
@@ -69,7 +69,6 @@ def fit(
         calibrate=calibrate,
         directory=directory,
         micro_batch=micro_batch,
-        criterion=criterion,
         transform=transform,
         dropout=dropout,
     )
