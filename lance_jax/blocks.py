@@ -39,8 +39,9 @@ def blocks(apply_fn: Callable, pattern: str) -> Callable:
 
     In a `lax.scan` over stacked parameters the block is inside of the loop. What one `jax.jit` or
     branch inside the network has of a block's equations, and what stands outside of it, are blocks
-    of their own, the later ones with `:2` and so on after the name. `layers` then lists the blocks,
-    and `calibrate` and `compress` take them by their names.
+    of their own, the later ones with `:2` and so on after the name. A `jax.checkpoint` of the
+    network's own stays as it is, named by the path that its parameters share. `layers` then lists
+    the blocks, and `calibrate` and `compress` take them by their names.
 
     Args:
       apply_fn: any JAX function of (params, *args, **kwargs), a network or its loss. The last

@@ -90,8 +90,8 @@ def calibrate(
       energy: the share of the trace that each mode keeps, in (0, 1]; 0.9 where none is given. Of
         blocks, whose errors add up, take it near 1, or `modes=()`.
       modes: None (all but batch and patch), "paper" (all axes, at energy 0.7), or mode names, each
-        applied where a layer has it, and to all activations that enter a block; () keeps the whole
-        input of the selected layers in `core_dtype`.
+        applied where a layer has it, and to all activations that enter a block, or to that of its
+        number ("0.feature"); () keeps the whole input of the selected layers in `core_dtype`.
       center: whether to keep the inputs' mean apart (see `LayerFactors`); not of blocks.
       core_dtype: how cores are stored, as in `LayerFactors`.
 
@@ -199,7 +199,8 @@ def _choose_modes(
 ) -> tuple[dict[str, tuple[str, ...]], tuple[Skipped, ...]]:
     """The modes of each selected layer, and the layers left without any."""
     if modes is not None and not isinstance(modes, str):
-        known = list(dict.fromkeys(axis_of(mode) for layer in chosen for mode in layer.modes))
+        all_modes = [mode for layer in chosen for mode in layer.modes]
+        known = list(dict.fromkeys([*map(axis_of, all_modes), *all_modes]))
         for mode in modes:
             if mode not in known:
                 raise ValueError(
@@ -209,9 +210,11 @@ def _choose_modes(
     for layer in chosen:
         product = found.uses[layer.path][0].product
         named = {None: product.default_modes, "paper": product.paper_modes}
-        asked = set(map(axis_of, named[modes] if isinstance(modes, str | None) else modes))
+        asked = set(named[modes] if isinstance(modes, str | None) else modes)
         names = tuple(
-            mode for mode in layer.modes if axis_of(mode) in asked and not _is_whole(product, mode)
+            mode
+            for mode in layer.modes
+            if asked & {mode, axis_of(mode)} and not _is_whole(product, mode)
         )
         if "patch" in names and set(names) - {"patch", "batch"}:
             raise ValueError(

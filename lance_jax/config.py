@@ -29,7 +29,7 @@ EVAL_SPLITS = ("test", "validation")
 UNREADABLE = ("error", "skip")
 KEPT_AS = ("", *filter(None, CORE_DTYPES))  # "" for the activation's own dtype
 KEEP = ("layers", "blocks")
-MODES = ("paper", "none", "batch", "height", "width", "channel", "patch")
+MODES = ("paper", "none", "batch", "height", "width", "channel", "patch", "token", "feature")
 # what may change between two runs in one working directory; anything else changes the results
 FREE_FIELDS = ("method", "cache_dir")
 
@@ -66,7 +66,7 @@ def base() -> ml_collections.ConfigDict:
 
     # LANCE. `keep`: of the inputs of the trained "layers", or of the "blocks" that they stand in,
     # which are then recomputed. `modes`: "" for the default, "paper", "none" for whole inputs, or
-    # "channel,height".
+    # names such as "channel,height" (of a transformer "feature,token").
     config.keep = "layers"
     config.calibration_batches = 8
     config.energy = 0.96  # see docs/results.md for what others give

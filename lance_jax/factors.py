@@ -58,7 +58,8 @@ class LayerFactors(Frozen):
       mean: the calibration mean of the input, of the input's shape without its batch axis; its
         share of the weight gradient is exact, and only the rest is projected. None: not centred.
       core_dtype: None (the input's), "bfloat16", "int8", "int4", or one of the latter two rounded
-        stochastically: "int8_stochastic", "int4_stochastic".
+        stochastically: "int8_stochastic", "int4_stochastic". Those round right on average over
+        cores that differ; the same core is rounded the same way each time.
       update: U (D, r), with the leading axes of a basis, in the patch mode of a convolution or the
         feature mode of a dense layer: the weight gradient becomes U U^T dW, for continual learning
         (`lance_jax.continual`). Its columns are orthonormal, or shorter, or zeros. None:

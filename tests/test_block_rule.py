@@ -44,12 +44,16 @@ def gradient(net, apply_fn):
     return jax.jit(jax.grad(loss_of(apply_fn)))(net.params, net.x)
 
 
-def expanded(x, bases):
-    """x projected onto the bases of its axes, in float64; the first is the batch."""
-    x = np.asarray(x, np.float64)
+def expanded(x, bases, core_dtype=None):
+    """x from its core on the bases of its axes, in float64; the first is the batch."""
+    core = _along_axes(np.asarray(x, np.float64), bases, lambda u: u)
+    return _along_axes(reference.stored(core, core_dtype), bases, lambda u: u.T)
+
+
+def _along_axes(x, bases, matrix):
     for axis, u in enumerate(bases.values(), 1):
-        u = np.asarray(u, np.float64)
-        x = np.moveaxis(np.tensordot(x, u @ u.T, (axis, 0)), -1, axis)
+        one = matrix(np.asarray(u, np.float64))
+        x = np.moveaxis(np.tensordot(x, one, (axis, 0)), -1, axis)
     return x
 
 
@@ -138,11 +142,13 @@ def test_gradients_are_those_at_the_expanded_core(name):
         *((name, "int8") for name in BLOCKED if name != "convolution"),
     ],
 )
-def test_gradients_are_those_at_the_stored_core(name, core_dtype):
+@pytest.mark.parametrize("share", [None, 0.6])
+def test_gradients_are_those_at_the_stored_core(name, core_dtype, share):
     net = BLOCKED[name]
-    fast = lance_jax.compress(blocked(net), factors(net, {}, core_dtype))
+    bases = {} if share is None else drawn_bases(net, share)
+    fast = lance_jax.compress(blocked(net), factors(net, bases, core_dtype))
     inputs = block_inputs(net, net.params, net.x)
-    stored = [reference.stored(np.asarray(x, np.float32), core_dtype) for x in inputs]
+    stored = [expanded(x, bases, core_dtype) for x in inputs]
     want = reference_gradients(net, lambda x, i: jnp.asarray(stored[i], "float64"))
     got = gradient(net, fast)
     assert_close(got, jax.tree.map(jnp.float32, want), rtol=1e-3, atol=2e-4)

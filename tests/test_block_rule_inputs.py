@@ -115,6 +115,10 @@ def test_several_activations_have_factors_of_their_own():
     assert set(own["a"].bases) == {"0.token", "0.feature", "1.token", "1.feature"}
     only = lance_jax.calibrate(apply, params, [(x, memory)], energy=0.8, modes=("token",))
     assert set(only["a"].bases) == {"0.token", "1.token"}
+    one = lance_jax.calibrate(apply, params, [(x, memory)], modes=("1.feature", "0.token"))
+    assert set(one["a"].bases) == {"1.feature", "0.token"}
+    with pytest.raises(ValueError, match="mode '2.token' is in no selected layer; they have .*1.t"):
+        lance_jax.calibrate(apply, params, [(x, memory)], modes=("2.token",))
     fast = lance_jax.compress(apply, only)
     grads = jax.grad(lambda params: fast(params, x, memory).sum())(params)["a"]
     u, v = only["a"].bases["0.token"], only["a"].bases["1.token"]

@@ -132,6 +132,7 @@ def test_blocks_are_recomputed_from_less_than_the_layers_keep(results, small, tm
     config = settings(pretrain={"epochs": 1}, keep="blocks")
     result = train.run(config, tmp_path, "lance", problem)
     assert set(result["ranks"]) == {"blocks_2", "blocks_3", "head"}
+    assert result["ranks"]["head"] == {}
     layers, params = results["lance"]
     fitted = train.fit_method(config, problem, "lance", tmp_path / "lance")
     assert changed(fitted.params, problem.params) == changed(params, problem.params)

@@ -79,8 +79,12 @@ IN_BLOCKS = {
 
 @pytest.mark.parametrize("name", ["resnet", "deit", "mobilenetv2"])
 def test_blocks_keep_less_and_train_the_same(prepare, name):
-    config, workdir, problem = prepare(name, keep="blocks", core_dtype="int8")
+    modes = "token,feature" if name == "deit" else "channel"
+    config, workdir, problem = prepare(name, keep="blocks", core_dtype="int8", modes=modes)
     fitted = train.fit_method(config, problem, "lance", workdir / "lance")
+    assert {layer.core_dtype for layer in fitted.factors.values()} == {"int8"}, "the head's, too"
+    found = {mode for layer in fitted.factors.values() for mode in layer.ranks}
+    assert found == set(modes.split(","))
     assert set(fitted.factors) == IN_BLOCKS[name] | {"head"}
     norm = "" if name == "deit" else "_norm"
     expected = {"head/kernel"} | ({"head/bias"} if name != "resnet" else set())
@@ -88,7 +92,7 @@ def test_blocks_keep_less_and_train_the_same(prepare, name):
         expected |= {f"{layer}{norm}/bias", f"{layer}/kernel"}
     assert changed(fitted.params, problem.params) == expected
     by_block = train.run(config, workdir, "lance", problem)["saved_bytes"]["total"]
-    other, elsewhere, _ = prepare(name, core_dtype="int8")
+    other, elsewhere, _ = prepare(name, core_dtype="int8", modes=modes)
     by_layer = train.run(other, elsewhere / "layers", "lance", problem)["saved_bytes"]["total"]
     assert by_block < by_layer
 
