@@ -174,7 +174,7 @@ def measure(
             **step.told,
             "seconds": median(seconds[key]),
             "ratio": ratio(seconds[key], seconds[PLAIN]),
-            **({} if way.exact else _cosines(problem, plain, step.gradient)),
+            **({} if way.exact else cosines(problem, plain, step.gradient)),
             "loss": losses.get("exact" if way.exact else key[0]),
             "rounds": rounds,
             **setting._asdict(),
@@ -298,7 +298,7 @@ def _kept_by(problem: Problem, keep: str) -> Callable:
 # --- what they give -------------------------------------------------------------------------------
 
 
-def _cosines(problem: Problem, plain: Callable, ours: Callable) -> dict[str, Any]:
+def cosines(problem: Problem, plain: Callable, ours: Callable) -> dict[str, Any]:
     """Of all trained parameters, and of the layer where it is least."""
     overall, by_layer = [], {path: [] for path in problem.layers}
     for x, y in itertools.islice(_drawn(problem, 2), COMPARED):

@@ -153,6 +153,40 @@ def trained(rows: list[dict]) -> str:
     return markdown.table(header, found) if found else markdown.NOTHING
 
 
+ROUNDING = {
+    "channel": "two ends a channel of the batch, float16",
+    "sample": "two ends a channel of a sample, float16",
+    "groups_64": "groups of 64 values of a channel, ends in float16",
+    "groups_32": "groups of 32, ends in float16",
+    "groups_32_float8": "groups of 32, ends in float8",
+    "int4": "groups of 32, ends in 8 bits of the range of 32 groups: `int4`",
+}
+
+
+def rounding(rows: list[dict]) -> str:
+    """Of each way to round to 4 bits: bits a value, and cosines of all and of the worst layer."""
+    found = {
+        (row["scheme"], row["setting"], row["keep"]): row
+        for row in grid.newest(rows, "scheme", "setting", "keep")
+    }
+    places = list(dict.fromkeys(key[1:] for key in found))
+    if not places:
+        return markdown.NOTHING
+    header = ["4 bits a value, and"]
+    header += [f"{short_name(setting)}, {kept}" for setting, kept in places]
+    table = [
+        [name, *(_rounding(found.get((scheme, *place))) for place in places)]
+        for scheme, name in ROUNDING.items()
+    ]
+    return markdown.table(header, table)
+
+
+def _rounding(row: dict | None) -> str:
+    if row is None:
+        return "-"
+    return f"{row['bits']:.2f} bits: {row['cosine']:.4f}, {row['worst_cosine']:.3f}"
+
+
 def tested(rows: list[dict]) -> list[dict]:
     """Of training all layers, each method's newest test run."""
     return grid.newest([row for row in rows if row["split"] == "test"], "method")

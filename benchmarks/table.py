@@ -108,6 +108,7 @@ def blocks(results: Path) -> dict[str, str]:
         "decomposition": time_tables.decomposition_table(decompositions),
         "cpu": time_tables.cpu_tables(cpu),
         "keep_targets": keep_targets.table(kept, measured, all_layers),
+        "keep_rounding": keep_tables.rounding(records.read(results / "rounding.jsonl")),
         "keep_trained": keep_tables.trained(all_layers),
         "keep_summary": keep_tables.summary(kept),
         "keep": keep_tables.tables(kept),
