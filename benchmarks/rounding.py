@@ -4,8 +4,8 @@
 
 A value is one of 16 steps between the ends of its group. The ways differ in what a group is, and in
 how its ends are stored; "int4" is the library's own. What enters each block is rounded, or each
-layer's input. A record for each is appended to results/rounding.jsonl; the networks and how the
-gradients are compared are those of `benchmarks.keep`.
+layer's input, whole or as a core on bases. A record for each is appended to results/rounding.jsonl;
+the networks and how the gradients are compared are those of `benchmarks.keep`.
 """
 
 import argparse
@@ -26,7 +26,13 @@ from lance_jax.pictures import Pictures
 STEPS = 15
 OWN = "int4"  # the library's
 SETTINGS = ("mcunet_all", "vit")
-KEEP = {"blocks": "blocks_int4", "layers": "int4"}  # to the way of `benchmarks.keep`
+# to the way of `benchmarks.keep`
+KEEP = {
+    "blocks": "blocks_int4",
+    "layers": "int4",
+    "block_cores": "blocks_99",
+    "layer_cores": "lance",
+}
 
 
 class Scheme(NamedTuple):
@@ -66,7 +72,7 @@ def measure(
     for kept, way in KEEP.items():
         factors = keep.factors_of(problem, keep.WAYS[way])
         for scheme in (OWN, *SCHEMES):
-            loss = keep.loss_of(problem, kept, factors)
+            loss = keep.loss_of(problem, keep.WAYS[way].keep, factors)
             gradient = lance_jax.value_and_grad(loss, trainable=problem.patterns)
             with rounded_by(scheme) as sizes:
                 found = keep.cosines(problem, plain, gradient)

@@ -9,7 +9,7 @@ import jax
 from lance_jax import block_rule, interpreter, jaxprs, layer_rule, pointwise
 from lance_jax.block_rule import Block
 from lance_jax.factors import Factors, LayerFactors, as_factors, table
-from lance_jax.layers import Found, Use, find
+from lance_jax.layers import COMPRESSED, Found, Use, find
 from lance_jax.paths import leaves_with_path
 from lance_jax.phases import trace_phases
 from lance_jax.step import Trainable, choose
@@ -150,7 +150,7 @@ def report(
       layer its ranks, bytes, and the MACs of forward (projection included), dX and dW.
 
     Raises:
-      ValueError: as `compress` and `value_and_grad` do.
+      ValueError: as `compress` and `value_and_grad` do, and for a loss that is compressed already.
     """
     factors = as_factors({} if factors is None else factors)
     chosen = choose(params, trainable)
@@ -159,6 +159,11 @@ def report(
     traced = jaxprs.trace(loss_fn, params, *args)
     found = find(traced)
     check(factors, found)
+    if not factors and any(skip.reason == COMPRESSED for skip in found.layers.skipped):
+        raise ValueError(
+            "loss_fn is compressed already; report takes the plain loss, and as factors= what "
+            "compress was given"
+        )
     has_aux = isinstance(traced.unflatten(traced.jaxpr.outvars), tuple)
     rows = tuple(_rows(found, factors, trained))
 

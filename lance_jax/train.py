@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import platform
+import re
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,9 +29,27 @@ def compare(config: Config, workdir: str | Path) -> list[dict[str, Any]]:
     """Runs every method of `config.method` under `workdir` and prints the comparison."""
     check(config, workdir)
     problem = prepare(config, workdir)
+    _check_modes(config, problem)
     results = [run(config, workdir, method, problem) for method in names(config.method)]
     metrics.show_table(results)
     return results
+
+
+def _check_modes(config: Config, problem: Problem) -> None:
+    """ValueError for a mode that none of LANCE's layers or blocks has, before anything trains."""
+    asked = set(names(config.modes)) - {"paper", "none"}
+    if not asked or "lance" not in names(config.method):
+        return
+    picture = problem.train.read([0])[0]
+    batch = jax.ShapeDtypeStruct((config.batch_size, *picture.shape), jnp.float32)
+    found = lance_jax.layers(kept_of(config, problem), problem.params, batch)
+    chosen = [one for one in found if any(re.search(p, one.path) for p in select(config, problem))]
+    known = list(dict.fromkeys(mode.split(".")[-1] for layer in chosen for mode in layer.modes))
+    if not asked <= set(known):
+        raise ValueError(
+            f"config.modes is {config.modes!r}, but the {config.keep} that LANCE compresses have "
+            f"no others than {', '.join(known)}"
+        )
 
 
 def run(
@@ -154,18 +173,15 @@ def calibration(config: Config, problem: Problem) -> Callable[[], lance_jax.Fact
     modes = {"": None, "paper": "paper", "none": ()}.get(config.modes, names(config.modes))
     core_dtype = config.core_dtype or None
     by_block = config.keep == "blocks"
-    select = (
-        [f"^(?!{STEM}$)({BLOCKS})$"] if by_block else [f"^{layer}/" for layer in problem.layers]
-    )
 
     def calibrate() -> lance_jax.Factors:
         order = Loader(len(problem.train.labels), config.batch_size, config.seed)
         batches = itertools.islice(order, config.calibration_batches)
         factors = lance_jax.calibrate(
-            in_blocks(problem.train_fn) if by_block else for_device(problem.train_fn),
+            kept_of(config, problem),
             problem.params,
             map(jnp.asarray, read_ahead(problem.train.read, batches)),
-            select=select,
+            select=select(config, problem),
             energy=config.energy,
             modes=modes,
             core_dtype=core_dtype,
@@ -175,6 +191,18 @@ def calibration(config: Config, problem: Problem) -> Callable[[], lance_jax.Fact
         return lance_jax.Factors({**factors, head: in_bits}, factors.skipped)
 
     return calibrate
+
+
+def kept_of(config: Config, problem: Problem) -> ApplyFn:
+    """The network in which LANCE's layers or blocks are found."""
+    return (in_blocks if config.keep == "blocks" else for_device)(problem.train_fn)
+
+
+def select(config: Config, problem: Problem) -> list[str]:
+    """Regular expressions of LANCE's layers or blocks."""
+    if config.keep == "blocks":
+        return [f"^(?!{STEM}$)({BLOCKS})$"]
+    return [f"^{layer}/" for layer in problem.layers]
 
 
 def saved_bytes(

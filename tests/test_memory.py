@@ -369,3 +369,15 @@ def test_bad_input():
     with pytest.raises(ValueError, match="batch"):
         factors = Factors({"head/kernel": LayerFactors({"batch": basis(5, 2)})})
         lance_jax.report(conv_loss, CONV, *CONV_BATCH, factors=factors)
+
+
+def test_a_loss_that_is_compressed_already():
+    kept = {"w": LayerFactors({}, core_dtype="int8")}
+    fast = lance_jax.compress(lambda params, x: x @ params["w"], kept)
+
+    def loss(params, x, y):
+        return jnp.mean((fast(params, x) - y) ** 2)
+
+    params, batch = {"w": jnp.ones((4, 3))}, (jnp.ones((5, 4)), jnp.ones((5, 3)))
+    with pytest.raises(ValueError, match="loss_fn is compressed already; report takes the plain"):
+        lance_jax.report(loss, params, *batch)

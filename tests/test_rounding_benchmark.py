@@ -41,10 +41,11 @@ def test_every_way_is_measured_on_blocks_and_layers(monkeypatch):
     network = DeiT(resolution=16, patch=4, width=16, depth=1, heads=2)
     monkeypatch.setitem(networks.DRAWN, "tiny", network)
     monkeypatch.setattr(keep, "COMPARED", 1)
+    monkeypatch.setattr(rounding, "KEEP", {"blocks": "blocks_int4", "layers": "int4"})
     drawn, _ = pictures(n=40, side=16)
     found = list(rounding.measure("tiny", keep.Setting("tiny", 8, warm_up=1), drawn))
     rows = {(row["keep"], row["scheme"]): row for row in found}
-    assert len(rows) == len(found) == 2 * len(keep_tables.ROUNDING)
+    assert len(rows) == len(found) == len(rounding.KEEP) * len(keep_tables.ROUNDING)
     assert {scheme for _, scheme in rows} == set(keep_tables.ROUNDING)
     for kept in ("blocks", "layers"):
         assert rows[kept, "groups_32"]["bits"] == 5 and rows[kept, "groups_64"]["bits"] == 4.5
@@ -52,7 +53,9 @@ def test_every_way_is_measured_on_blocks_and_layers(monkeypatch):
         assert 4 < rows[kept, "channel"]["bits"] < 4.5 < rows[kept, "int4"]["bits"] < 5
         cosines = [rows[kept, scheme]["cosine"] for scheme in ("groups_32", "channel")]
         assert 1 > cosines[0] > cosines[1] > 0
-        assert len({row["cosine"] for row in found if row["keep"] == kept}) == len(rows) / 2
+        assert len({row["cosine"] for row in found if row["keep"] == kept}) == len(rows) / len(
+            rounding.KEEP
+        )
     text = keep_tables.rounding([{**row, "setting": "vit"} for row in found])
     one = rows["layers", "int4"]
     told = f"{one['bits']:.2f} bits: {one['cosine']:.4f}, {one['worst_cosine']:.3f} |"

@@ -97,6 +97,17 @@ def test_result_file(results, small, method):
     assert set(result["ranks"]) == ({*convolutions, "head/kernel"} if method == "lance" else set())
 
 
+def test_modes_that_no_layer_has_end_before_anything_trains(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(train, "fit", lambda *args, **kwargs: trained.append(args))
+    for keep in ("layers", "blocks"):
+        config = settings(pretrain={"epochs": 1}, keep=keep, modes="token", method="head,lance")
+        message = f"config.modes is 'token', but the {keep} .* no others than batch, height, width"
+        with pytest.raises(ValueError, match=message):
+            train.compare(config, tmp_path / keep)
+    assert not trained
+
+
 def test_accuracy_is_that_of_the_plain_network(results, small):
     _, _, problem = small
     result, params = results["lance"]
