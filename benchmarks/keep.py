@@ -160,7 +160,7 @@ def measure(
     calls: dict[Any, Callable] = {PLAIN: one_call(loss, problem.patterns, problem.params)}
     for key, step in steps.items():
         calls[key] = functools.partial(step.gradient, problem.params)
-    seconds: Any = interleaved(calls, _drawn(problem, 1), rounds)
+    seconds: Any = interleaved(calls, drawn(problem, 1), rounds)
     losses: dict[str, float] = {"exact": _loss(problem, plain)}
     for key, step in steps.items():
         way, size = WAYS[key[0]], key[1]
@@ -203,14 +203,14 @@ def prepare(setting: Setting, pictures: Pictures | None = None) -> Problem:
     problem = Problem(setting, apply_fn(network), params, patterns, layers, blocks, pictures)
     if "batch_stats" in params and setting.network in networks.DRAWN:
         own = apply_fn(network.clone(batch_stats="trained"))
-        seen = (x for x, _ in itertools.islice(_drawn(problem, 0), CALIBRATION))
+        seen = (x for x, _ in itertools.islice(drawn(problem, 0), CALIBRATION))
         params = {**params, "batch_stats": norm_statistics(own, params, seen)}
         problem = problem._replace(params=params)
     plain = lance_jax.value_and_grad(loss_of(problem, "everything"), trainable=patterns)
     return problem._replace(params=train_for(problem, plain, setting.warm_up)[0])
 
 
-def _drawn(problem: Problem, seed: int) -> Iterator[tuple[jax.Array, jax.Array]]:
+def drawn(problem: Problem, seed: int) -> Iterator[tuple[jax.Array, jax.Array]]:
     return batches(problem.pictures, problem.setting.batch_size, seed)
 
 
@@ -268,7 +268,7 @@ def factors_of(problem: Problem, way: Way) -> lance_jax.Factors | None:
         return None
     *layers, head = problem.layers
     chosen = problem.blocks if way.keep == "blocks" else layers
-    seen = (x for x, _ in itertools.islice(_drawn(problem, 0), CALIBRATION))
+    seen = (x for x, _ in itertools.islice(drawn(problem, 0), CALIBRATION))
     factors = lance_jax.calibrate(
         _kept_by(problem, way.keep),
         problem.params,
@@ -301,7 +301,7 @@ def _kept_by(problem: Problem, keep: str) -> Callable:
 def cosines(problem: Problem, plain: Callable, ours: Callable) -> dict[str, Any]:
     """Of all trained parameters, and of the layer where it is least."""
     overall, by_layer = [], {path: [] for path in problem.layers}
-    for x, y in itertools.islice(_drawn(problem, 2), COMPARED):
+    for x, y in itertools.islice(drawn(problem, 2), COMPARED):
         exact, found = (dict(leaves_with_path(fn(problem.params, x, y)[1])) for fn in (plain, ours))
         for path, values in by_layer.items():
             values.append(cosine(exact[path], found[path]))
@@ -335,7 +335,7 @@ def train_for(
         updates, state = optimizer.update(grads, state, trained)
         return optax.apply_updates(trained, updates), state
 
-    for x, y in itertools.islice(_drawn(problem, seed), steps):
+    for x, y in itertools.islice(drawn(problem, seed), steps):
         loss, grads = gradient(gradient.merge(trained, frozen), x, y)
         trained, state = update(grads, state, trained)
         losses.append(float(loss))

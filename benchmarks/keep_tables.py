@@ -173,7 +173,7 @@ def rounding(rows: list[dict]) -> str:
     if not places:
         return markdown.NOTHING
     header = ["4 bits a value, and"]
-    header += [f"{short_name(setting)}, {kept.replace('_', ' ')}" for setting, kept in places]
+    header += [f"{short_name(setting)}, {kept}" for setting, kept in places]
     table = [
         [name, *(_rounding(found.get((scheme, *place))) for place in places)]
         for scheme, name in ROUNDING.items()

@@ -4,35 +4,32 @@
 
 A value is one of 16 steps between the ends of its group. The ways differ in what a group is, and in
 how its ends are stored; "int4" is the library's own. What enters each block is rounded, or each
-layer's input, whole or as a core on bases. A record for each is appended to results/rounding.jsonl;
-the networks and how the gradients are compared are those of `benchmarks.keep`.
+layer's input. A record for each is appended to results/rounding.jsonl; the networks and how the
+gradients are compared are those of `benchmarks.keep`.
 """
 
 import argparse
-import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 
 import lance_jax
 from benchmarks import arguments, keep, records, tasks
-from lance_jax import block_rule, layer_rule, quantize, train
+from lance_jax import quantize, train
 from lance_jax.pictures import Pictures
+from lance_jax.step import ValueAndGrad
 
 STEPS = 15
 OWN = "int4"  # the library's
+CARRIER = "bfloat16"  # what inputs are kept in before and after: fine beside 4 bits
+    "bfloat16"  # what inputs are kept in until they are rounded, and after: fine beside 4 bits
+)
 SETTINGS = ("mcunet_all", "vit")
-# to the way of `benchmarks.keep`
-KEEP = {
-    "blocks": "blocks_int4",
-    "layers": "int4",
-    "block_cores": "blocks_99",
-    "layer_cores": "lance",
-}
+KEEP = {"blocks": "blocks_int4", "layers": "int4"}  # to the way of `benchmarks.keep`
 
 
 class Scheme(NamedTuple):
@@ -69,44 +66,61 @@ def measure(
     problem = keep.prepare(setting, pictures)
     exact = keep.loss_of(problem, "everything")
     plain = lance_jax.value_and_grad(exact, trainable=problem.patterns)
+    batch = next(keep.drawn(problem, 2))
     for kept, way in KEEP.items():
-        factors = keep.factors_of(problem, keep.WAYS[way])
+        own, carrier = (_stored(problem, way, dtype) for dtype in (OWN, CARRIER))
+        saved = jax.eval_shape(carrier.forward, problem.params, *batch)[1]
+        inputs = list(filter(_is_input, jax.tree.leaves(saved)))
         for scheme in (OWN, *SCHEMES):
-            loss = keep.loss_of(problem, keep.WAYS[way].keep, factors)
-            gradient = lance_jax.value_and_grad(loss, trainable=problem.patterns)
-            with rounded_by(scheme) as sizes:
-                found = keep.cosines(problem, plain, gradient)
+            ours = own if scheme == OWN else _gradient(carrier, scheme)
             yield {
                 "setting": name,
                 "keep": kept,
                 "scheme": scheme,
-                "bits": sum(bits for _, bits in sizes) / sum(values for values, _ in sizes),
-                **found,
+                "bits": bits(scheme, inputs),
+                **keep.cosines(problem, plain, ours),
                 "versions": train.versions(),
                 "device": train.device(),
             }
 
 
-@contextlib.contextmanager
-def rounded_by(scheme: str) -> Iterator[list[tuple[int, float]]]:
-    """Functions that are traced meanwhile store cores so; gives (values, bits) of each of them."""
-    sizes: list[tuple[int, float]] = []
+def _stored(problem: keep.Problem, way: str, core_dtype: str) -> ValueAndGrad:
+    chosen = keep.WAYS[way]._replace(core_dtype=core_dtype)
+    loss = keep.loss_of(problem, chosen.keep, keep.factors_of(problem, chosen))
+    return lance_jax.value_and_grad(loss, trainable=problem.patterns)
 
-    def store(core: jax.Array, core_dtype: str | None) -> quantize.Stored:
-        if scheme == OWN:
-            stored = quantize.store(core, core_dtype)
-            sizes.append((core.size, 8 * sum(a.nbytes for a in jax.tree.leaves(stored))))
-            return stored
-        size = SCHEMES[scheme].size(core.shape)
-        end = 8 * jnp.dtype(SCHEMES[scheme].ends).itemsize
-        sizes.append((core.size, core.size * (math.log2(STEPS + 1) + 2 * end / size)))
-        return quantize.Stored(rounded(core, size, SCHEMES[scheme].ends))
 
-    with (
-        mock.patch.object(block_rule, "store", store),
-        mock.patch.object(layer_rule, "store", store),
-    ):
-        yield sizes
+def _is_input(kept: Any) -> bool:
+    """Of what is kept between the phases: nothing else has the carrier's dtype."""
+    return kept.dtype == CARRIER
+
+
+def _gradient(carrier: ValueAndGrad, scheme: str) -> Callable:
+    """The gradient from inputs that are rounded between the two phases."""
+    size, ends = SCHEMES[scheme]
+
+    @jax.jit
+    def round_all(saved: Any) -> Any:
+        return jax.tree.map(lambda x: rounded(x, size(x.shape), ends) if _is_input(x) else x, saved)
+
+    def gradient(params: Any, *batch: Any) -> Any:
+        value, saved = carrier.forward(params, *batch)
+        return value, carrier.backward(round_all(saved), params, *batch)
+
+    return gradient
+
+
+def bits(scheme: str, inputs: list[Any]) -> float:
+    """Bits that a value takes, mean over all inputs."""
+    return sum(_bits(scheme, one) for one in inputs) / sum(one.size for one in inputs)
+
+
+def _bits(scheme: str, x: Any) -> float:
+    if scheme == OWN:
+        stored = jax.eval_shape(functools.partial(quantize.store, core_dtype=OWN), x)
+        return 8.0 * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(stored))
+    ends = 2 * 8 * jnp.dtype(SCHEMES[scheme].ends).itemsize
+    return x.size * (math.log2(STEPS + 1) + ends / SCHEMES[scheme].size(x.shape))
 
 
 def rounded(core: jax.Array, size: int, ends: Any) -> jax.Array:

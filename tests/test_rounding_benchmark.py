@@ -41,7 +41,6 @@ def test_every_way_is_measured_on_blocks_and_layers(monkeypatch):
     network = DeiT(resolution=16, patch=4, width=16, depth=1, heads=2)
     monkeypatch.setitem(networks.DRAWN, "tiny", network)
     monkeypatch.setattr(keep, "COMPARED", 1)
-    monkeypatch.setattr(rounding, "KEEP", {"blocks": "blocks_int4", "layers": "int4"})
     drawn, _ = pictures(n=40, side=16)
     found = list(rounding.measure("tiny", keep.Setting("tiny", 8, warm_up=1), drawn))
     rows = {(row["keep"], row["scheme"]): row for row in found}
