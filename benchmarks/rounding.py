@@ -26,8 +26,6 @@ from lance_jax.step import ValueAndGrad
 STEPS = 15
 OWN = "int4"  # the library's
 CARRIER = "bfloat16"  # what inputs are kept in before and after: fine beside 4 bits
-    "bfloat16"  # what inputs are kept in until they are rounded, and after: fine beside 4 bits
-)
 SETTINGS = ("mcunet_all", "vit")
 KEEP = {"blocks": "blocks_int4", "layers": "int4"}  # to the way of `benchmarks.keep`
 
